@@ -1,0 +1,1 @@
+//! fork() for a running KVM virtual machine.
