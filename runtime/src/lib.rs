@@ -1,1 +1,5 @@
 //! fork() for a running KVM virtual machine.
+
+pub mod kvm;
+pub mod memory;
+pub mod sys;

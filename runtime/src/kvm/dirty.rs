@@ -1,0 +1,229 @@
+//! Which pages the guest wrote: KVM's dirty ring, or its bitmap where there is no ring.
+//!
+//! ```text
+//!   page written --KVM--> logged --harvest()--> returned once --reset()--> write-protected again
+//! ```
+//!
+//! Between harvest and reset a page is writable without being logged again: whoever harvests keeps
+//! such pages and copies them at every capture until the reset.
+#![expect(unsafe_code, reason = "the ring is memory shared with the kernel; two ioctls are not wrapped")]
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+use kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET;
+use kvm_ioctls::{VcpuFd, VmFd};
+use rustix::mm::{MapFlags, ProtFlags};
+use serde::{Deserialize, Serialize};
+
+use super::KvmError;
+use crate::memory::{PAGE, RamLayout};
+
+/// `_IO(KVMIO, 0xc7)`.
+const RESET_DIRTY_RINGS: libc::c_ulong = 0xaec7;
+/// `_IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)`.
+const CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
+/// `_IOW(KVMIO, 0x42, struct kvm_dirty_log)`.
+const GET_DIRTY_LOG: libc::c_ulong = 0x4010_ae42;
+
+/// How dirty pages are tracked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirtyMode {
+    /// The ring if there is one: cost by pages written.
+    #[default]
+    Ring,
+    /// The bitmap: cost by memory size.
+    Bitmap,
+}
+
+/// One entry of a ring (`struct kvm_dirty_gfn`).
+#[repr(C)]
+struct Gfn {
+    flags: AtomicU32,
+    slot: AtomicU32,
+    offset: std::sync::atomic::AtomicU64,
+}
+
+const DIRTY: u32 = 1;
+const RESET: u32 = 2;
+
+/// One vCPU's ring, mapped.
+#[derive(Debug)]
+struct Ring {
+    entries: NonNull<Gfn>,
+    count: u32,
+    next: u32,
+}
+
+// SAFETY: the ring is shared with the kernel and accessed by atomics only.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    fn map(vcpu: &VcpuFd, count: u32) -> Result<Self, KvmError> {
+        let bytes = count as usize * size_of::<Gfn>();
+        // SAFETY: the descriptor is open as long as `vcpu` is borrowed.
+        let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        // SAFETY: a fresh mapping of the vCPU's ring, at an address that the kernel picks.
+        let address = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                vcpu,
+                u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE as u64,
+            )
+        }
+        .map_err(|errno| KvmError::Ioctl { name: "mmap of a dirty ring", source: errno.into() })?;
+        let entries = NonNull::new(address.cast()).ok_or(KvmError::Ioctl {
+            name: "mmap of a dirty ring",
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
+        Ok(Self { entries, count, next: 0 })
+    }
+
+    /// Takes the next logged page.
+    fn take(&mut self) -> Option<(u32, u64)> {
+        // SAFETY: the index is below the number of mapped entries.
+        let entry = unsafe { self.entries.add((self.next % self.count) as usize).as_ref() };
+        if entry.flags.load(Ordering::Acquire) & DIRTY == 0 {
+            return None;
+        }
+        let page = (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
+        // Release: KVM may reuse the entry once it sees the flag.
+        entry.flags.store(RESET, Ordering::Release);
+        self.next = self.next.wrapping_add(1);
+        Some(page)
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let bytes = self.count as usize * size_of::<Gfn>();
+        // SAFETY: our own mapping, with no reference left.
+        let result = unsafe { rustix::mm::munmap(self.entries.as_ptr().cast(), bytes) };
+        debug_assert!(result.is_ok());
+    }
+}
+
+/// The dirty log of one machine.
+#[derive(Debug)]
+pub struct DirtyLog {
+    layout: RamLayout,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Ring(Vec<Ring>),
+    Bitmap { pending: Vec<Vec<u64>>, scratch: Vec<Vec<u64>> },
+}
+
+impl DirtyLog {
+    pub(super) fn rings(layout: RamLayout, vcpus: &[&VcpuFd], count: u32) -> Result<Self, KvmError> {
+        let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, count)).collect::<Result<_, _>>()?;
+        Ok(Self { layout, source: Source::Ring(rings) })
+    }
+
+    pub(super) fn bitmap(layout: RamLayout) -> Self {
+        let words = |len: u64| vec![0_u64; (len / PAGE as u64).div_ceil(64) as usize];
+        let maps: Vec<_> = layout.ranges().map(|range| words(range.len)).collect();
+        Self { layout, source: Source::Bitmap { scratch: maps.clone(), pending: maps } }
+    }
+
+    /// Calls `page` for every page logged since the last harvest, by its number in the image.
+    ///
+    /// Entries that name no page of the image are dropped: the ring is writable by this process
+    /// alone, but its contents are input all the same.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_GET_DIRTY_LOG` says; a ring cannot fail.
+    pub fn harvest(&mut self, vm: &VmFd, mut page: impl FnMut(u32)) -> Result<(), KvmError> {
+        match &mut self.source {
+            Source::Ring(rings) => {
+                for ring in rings {
+                    while let Some((slot, offset)) = ring.take() {
+                        if let Some(number) = self.layout.image_page(slot, offset) {
+                            page(number);
+                        }
+                    }
+                }
+            }
+            Source::Bitmap { pending, scratch } => {
+                for (slot, (pending, scratch)) in (0_u32..).zip(pending.iter_mut().zip(scratch)) {
+                    get_dirty_log(vm, slot, scratch)?;
+                    for (index, (known, new)) in pending.iter_mut().zip(scratch).enumerate() {
+                        let mut fresh = *new & !*known;
+                        *known |= fresh;
+                        while fresh != 0 {
+                            let offset = index as u64 * 64 + u64::from(fresh.trailing_zeros());
+                            fresh &= fresh - 1;
+                            if let Some(number) = self.layout.image_page(slot, offset) {
+                                page(number);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Write-protects all harvested pages again. When it returns, a write to any of them is logged.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_RESET_DIRTY_RINGS` or `KVM_CLEAR_DIRTY_LOG` says.
+    pub fn reset(&mut self, vm: &VmFd) -> Result<(), KvmError> {
+        // The flags set by `take` must be visible before the kernel looks for them.
+        fence(Ordering::SeqCst);
+        match &mut self.source {
+            Source::Ring(_) => {
+                // SAFETY: no argument.
+                let result = unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
+                if result < 0 { Err(last("KVM_RESET_DIRTY_RINGS")) } else { Ok(()) }
+            }
+            Source::Bitmap { pending, .. } => {
+                for ((slot, range), map) in (0_u32..).zip(self.layout.ranges()).zip(pending) {
+                    clear_dirty_log(vm, slot, range.len / PAGE as u64, map)?;
+                    map.fill(0);
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn get_dirty_log(vm: &VmFd, slot: u32, map: &mut [u64]) -> Result<(), KvmError> {
+    let log = kvm_bindings::kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_bindings::kvm_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: map.as_mut_ptr().cast(),
+        },
+    };
+    // SAFETY: the map has one bit per page of the slot, rounded up to 64 as KVM asks.
+    let result = unsafe { libc::ioctl(vm.as_raw_fd(), GET_DIRTY_LOG, &raw const log) };
+    if result < 0 { Err(last("KVM_GET_DIRTY_LOG")) } else { Ok(()) }
+}
+
+fn clear_dirty_log(vm: &VmFd, slot: u32, pages: u64, map: &mut [u64]) -> Result<(), KvmError> {
+    let clear = kvm_bindings::kvm_clear_dirty_log {
+        slot,
+        num_pages: u32::try_from(pages).unwrap_or(u32::MAX),
+        first_page: 0,
+        __bindgen_anon_1: kvm_bindings::kvm_clear_dirty_log__bindgen_ty_1 {
+            dirty_bitmap: map.as_mut_ptr().cast(),
+        },
+    };
+    // SAFETY: as in `get_dirty_log`.
+    let result = unsafe { libc::ioctl(vm.as_raw_fd(), CLEAR_DIRTY_LOG, &raw const clear) };
+    if result < 0 { Err(last("KVM_CLEAR_DIRTY_LOG")) } else { Ok(()) }
+}
+
+fn last(name: &'static str) -> KvmError {
+    KvmError::Ioctl { name, source: std::io::Error::last_os_error() }
+}

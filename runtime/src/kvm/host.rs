@@ -1,0 +1,97 @@
+//! What this host's KVM can do. Asked once per process tree; standbys inherit the answer.
+
+use std::io;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::{KvmError, MAX_MSRS, MAX_XSAVE};
+
+/// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` (Documentation/virt/kvm/api.rst, 8.29).
+const CAP_DIRTY_LOG_RING_ACQ_REL: std::ffi::c_ulong = 223;
+/// `KVM_CAP_XSAVE2`: bytes of the extended register area.
+const CAP_XSAVE2: std::ffi::c_ulong = 208;
+/// `MSR_IA32_TSC`: runs by itself; its offset is carried over instead (see `Machine`).
+const MSR_TSC: u32 = 0x10;
+/// `MSR_IA32_TSC_DEADLINE`: must be set after the LAPIC.
+pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// An open `/dev/kvm` and its abilities.
+#[derive(Debug)]
+pub struct Host {
+    /// The device.
+    pub(super) kvm: Kvm,
+    /// CPUID offered to guests.
+    pub(super) cpuid: CpuId,
+    /// MSRs that make up a vCPU's state, deadline timer last.
+    pub(super) msrs: Vec<u32>,
+    /// Whether there is `KVM_GET_XSAVE2` (Linux 5.17).
+    pub(super) xsave2: bool,
+    /// Bytes that `KVM_GET_XSAVE2`, else `KVM_GET_XSAVE`, writes.
+    pub(super) xsave_bytes: u32,
+    /// Most entries of a dirty ring, 0 if there is none.
+    pub(super) ring_entries: u32,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and asks what it can do.
+    ///
+    /// # Errors
+    ///
+    /// What is missing and what to do about it.
+    pub fn open() -> Result<Self, KvmError> {
+        let kvm = Kvm::new().map_err(|error| KvmError::Open {
+            source: io::Error::from_raw_os_error(error.errno()),
+        })?;
+        for (cap, capability, purpose) in [
+            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "capturing registers without an ioctl"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
+            (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
+            (Cap::Xcrs, "KVM_CAP_XCRS", "extended registers"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(KvmError::MissingCapability { capability, purpose });
+            }
+        }
+        let xsave2 = u32::try_from(kvm.check_extension_raw(CAP_XSAVE2)).unwrap_or(0);
+        let xsave_bytes = xsave2.max(4096);
+        if xsave_bytes as usize > MAX_XSAVE {
+            return Err(KvmError::TooLarge {
+                what: "the extended register area",
+                needed: xsave_bytes as usize,
+                room: MAX_XSAVE,
+            });
+        }
+        let ring_bytes = kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL);
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut msrs: Vec<u32> = kvm
+            .get_msr_index_list()
+            .map_err(KvmError::ioctl("KVM_GET_MSR_INDEX_LIST"))?
+            .as_slice()
+            .iter()
+            .copied()
+            .filter(|msr| *msr != MSR_TSC)
+            .collect();
+        msrs.sort_unstable_by_key(|msr| (*msr == MSR_TSC_DEADLINE, *msr));
+        if msrs.len() > MAX_MSRS {
+            return Err(KvmError::TooLarge { what: "the MSR list", needed: msrs.len(), room: MAX_MSRS });
+        }
+        Ok(Self {
+            kvm,
+            cpuid,
+            msrs,
+            xsave2: xsave2 > 0,
+            xsave_bytes,
+            ring_entries: u32::try_from(ring_bytes.max(0)).unwrap_or(0) / 16,
+        })
+    }
+
+    /// Whether dirty pages can be tracked by a ring.
+    #[must_use]
+    pub fn has_dirty_ring(&self) -> bool {
+        self.ring_entries > 0
+    }
+}

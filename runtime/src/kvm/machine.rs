@@ -1,0 +1,194 @@
+//! One virtual machine without its state: VM, memslots, interrupt controllers, vCPUs.
+#![expect(unsafe_code, reason = "a memslot hands a mapping to KVM")]
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data,
+    kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+
+use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu};
+use crate::memory::{Mapping, RamLayout};
+
+/// `KVM_CLOCK_REALTIME` (Linux 5.16): the pair of guest clock and host wall clock is exact.
+const CLOCK_REALTIME: u32 = 1 << 2;
+/// Three pages that KVM needs on Intel, in the hole below 4 GiB.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What a machine is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct MachineConfig {
+    /// Guest RAM.
+    pub layout: RamLayout,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// How dirty pages are tracked.
+    pub dirty: DirtyMode,
+    /// Entries of each vCPU's dirty ring, a power of two.
+    pub ring_entries: u32,
+}
+
+/// A virtual machine. The vCPUs are handed out separately: each belongs to its thread.
+#[derive(Debug)]
+pub struct Machine {
+    vm: VmFd,
+    config: MachineConfig,
+}
+
+/// State of a machine outside its vCPUs, as plain data.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct VmState {
+    /// The two PICs and the I/O APIC.
+    pub irqchips: [kvm_irqchip; 3],
+    /// kvmclock.
+    pub clock: kvm_clock_data,
+    /// Guest TSC minus host TSC, and whether it is known.
+    pub tsc_offset: [u64; 2],
+}
+
+impl Machine {
+    /// Makes a machine over `mapping`. The mapping must outlive it.
+    ///
+    /// The order decides between 1 ms and 8 ms: memslots before interrupt controllers and vCPUs,
+    /// because a new memslot waits for all SRCU readers (`kvm_swap_active_memslots`), and the
+    /// first vCPU and the irqchip start such readers.
+    ///
+    /// # Errors
+    ///
+    /// The call that failed.
+    pub fn new(
+        host: &Host,
+        config: MachineConfig,
+        mapping: &Mapping,
+        track: bool,
+    ) -> Result<(Self, Vec<Vcpu>, DirtyLog), KvmError> {
+        let vm = host.kvm.create_vm().map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
+        let ring = config.dirty == DirtyMode::Ring && host.has_dirty_ring();
+        let entries = config.ring_entries.min(host.ring_entries.max(1));
+        let mut cap = kvm_enable_cap::default();
+        if ring {
+            cap.cap = KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+            cap.args[0] = u64::from(entries) * 16;
+        } else {
+            // Reading the bitmap must not write-protect: that is what `DirtyLog::reset` is for.
+            cap.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+            cap.args[0] = 1;
+        }
+        vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
+        let machine = Self { vm, config };
+        machine.set_memslots(mapping, track)?;
+        machine.vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
+        let mut vcpus = Vec::with_capacity(config.vcpus as usize);
+        for index in 0..config.vcpus {
+            let fd = machine
+                .vm
+                .create_vcpu(u64::from(index))
+                .map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
+            vcpus.push(Vcpu::new(host, fd, index)?);
+        }
+        let log = if ring {
+            let fds: Vec<_> = vcpus.iter().map(|vcpu| &vcpu.fd).collect();
+            DirtyLog::rings(config.layout, &fds, entries)?
+        } else {
+            DirtyLog::bitmap(config.layout)
+        };
+        Ok((machine, vcpus, log))
+    }
+
+    fn set_memslots(&self, mapping: &Mapping, track: bool) -> Result<(), KvmError> {
+        for (slot, range) in (0_u32..).zip(self.config.layout.ranges()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: if track { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                guest_phys_addr: range.start,
+                memory_size: range.len,
+                userspace_addr: mapping.address().as_ptr() as u64 + range.offset,
+            };
+            // SAFETY: the range lies inside the mapping (the layout is as long as the mapping),
+            // which outlives the machine by the contract of `new`; slots do not overlap.
+            unsafe { self.vm.set_user_memory_region(region) }
+                .map_err(KvmError::ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    /// Starts dirty tracking on a machine made without it.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_SET_USER_MEMORY_REGION` says.
+    pub fn track(&self, mapping: &Mapping) -> Result<(), KvmError> {
+        self.set_memslots(mapping, true)
+    }
+
+    /// The VM's descriptor, for the dirty log.
+    #[must_use]
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// Saves what is not part of a vCPU. All vCPUs are stopped.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn save(&self, boot: &Vcpu, state: &mut VmState) -> Result<(), KvmError> {
+        self.save_irqchips(state)?;
+        state.clock = self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        state.tsc_offset = match boot.tsc_offset() {
+            Some(offset) => [offset, 1],
+            None => [0, 0],
+        };
+        Ok(())
+    }
+
+    /// Saves the interrupt controllers alone: clock and TSC offset do not change by themselves.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_GET_IRQCHIP` says.
+    pub fn save_irqchips(&self, state: &mut VmState) -> Result<(), KvmError> {
+        let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+        for (chip, id) in state.irqchips.iter_mut().zip(chips) {
+            chip.chip_id = id;
+            self.vm.get_irqchip(chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the interrupt controllers.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_SET_IRQCHIP` says.
+    pub fn restore_irqchips(&self, state: &VmState) -> Result<(), KvmError> {
+        for chip in &state.irqchips {
+            self.vm.set_irqchip(chip).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets clock and TSC offset, so that guest time goes on without a step: the clock is set from
+    /// a pair (guest clock, host wall clock), to which KVM adds the time since.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_SET_CLOCK` or `KVM_SET_DEVICE_ATTR` says.
+    pub fn restore_clocks(&self, vcpus: &[Vcpu], state: &VmState) -> Result<(), KvmError> {
+        if let [offset, 1] = state.tsc_offset {
+            for vcpu in vcpus {
+                vcpu.set_tsc_offset(offset)?;
+            }
+        }
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            realtime: state.clock.realtime,
+            flags: state.clock.flags & CLOCK_REALTIME,
+            ..Default::default()
+        };
+        self.vm.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
+    }
+}

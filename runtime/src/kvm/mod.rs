@@ -1,0 +1,16 @@
+//! KVM, in three layers: the host's abilities ([`Host`]), one virtual machine ([`Machine`]), one
+//! virtual processor ([`Vcpu`]) and its state as plain data ([`VcpuState`]).
+
+mod dirty;
+mod error;
+mod host;
+mod machine;
+mod state;
+mod vcpu;
+
+pub use dirty::{DirtyLog, DirtyMode};
+pub use error::KvmError;
+pub use host::Host;
+pub use machine::{Machine, MachineConfig, VmState};
+pub use state::{MAX_MSRS, MAX_XSAVE, VcpuState};
+pub use vcpu::{Kick, Vcpu};

@@ -1,0 +1,370 @@
+//! One virtual processor.
+#![expect(unsafe_code, reason = "ioctls that are not wrapped, and the immediate_exit byte shared with other threads")]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
+
+use super::host::Host;
+use super::{KvmError, VcpuState};
+
+/// A vCPU and the buffers that saving and restoring it need, so that neither allocates.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(super) fd: VcpuFd,
+    index: u32,
+    msrs: Msrs,
+    xsave2: bool,
+    xsave_bytes: u32,
+    /// The last exit was an access whose instruction KVM finishes at the next entry.
+    unfinished: bool,
+}
+
+/// Makes a vCPU leave the guest, from any thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Kick {
+    immediate_exit: *const AtomicU8,
+}
+
+// SAFETY: the byte lies in the kvm_run page, which the vCPU's thread and KVM also access only as a
+// single byte; whoever holds a Kick keeps the Vcpu alive (see `Vcpu::kick`).
+unsafe impl Send for Kick {}
+// SAFETY: as above.
+unsafe impl Sync for Kick {}
+
+impl Kick {
+    /// The next `KVM_RUN` returns at once, and the one under way does after a signal.
+    pub fn arm(self) {
+        // SAFETY: the page is mapped as long as the vCPU lives, see `Vcpu::kick`.
+        unsafe { &*self.immediate_exit }.store(1, Ordering::SeqCst);
+    }
+
+    /// Takes [`Kick::arm`] back. Only the vCPU's own thread does this.
+    pub fn disarm(self) {
+        // SAFETY: as in `arm`.
+        unsafe { &*self.immediate_exit }.store(0, Ordering::SeqCst);
+    }
+}
+
+impl Vcpu {
+    pub(super) fn new(host: &Host, mut fd: VcpuFd, index: u32) -> Result<Self, KvmError> {
+        fd.set_cpuid2(&host.cpuid).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
+        for set in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+            fd.set_sync_valid_reg(set);
+        }
+        let entries: Vec<_> = host
+            .msrs
+            .iter()
+            .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
+            .collect();
+        let no_room = |what| {
+            move |_| KvmError::TooLarge { what, needed: host.msrs.len(), room: super::MAX_MSRS }
+        };
+        let msrs = Msrs::from_entries(&entries).map_err(no_room("the MSR list"))?;
+        Ok(Self {
+            fd,
+            index,
+            msrs,
+            xsave2: host.xsave2,
+            xsave_bytes: host.xsave_bytes,
+            unfinished: false,
+        })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// A handle to stop it. It is used only while this vCPU lives.
+    pub fn kick(&mut self) -> Kick {
+        let run = self.fd.get_kvm_run();
+        Kick { immediate_exit: (&raw const run.immediate_exit).cast() }
+    }
+
+    /// Leaves the instruction of the last port or memory access to be finished, enters the guest,
+    /// and returns the next exit; `None` if a kick or a signal ended it.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_RUN` says.
+    pub fn run(&mut self) -> Result<Option<VcpuExit<'_>>, KvmError> {
+        self.unfinished = false;
+        match self.fd.run() {
+            Ok(exit) => {
+                self.unfinished = matches!(
+                    exit,
+                    VcpuExit::IoIn(..)
+                        | VcpuExit::IoOut(..)
+                        | VcpuExit::MmioRead(..)
+                        | VcpuExit::MmioWrite(..)
+                        | VcpuExit::Hypercall(..)
+                        | VcpuExit::X86Rdmsr(..)
+                        | VcpuExit::X86Wrmsr(..)
+                );
+                Ok(Some(exit))
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
+            Err(error) => Err(KvmError::ioctl("KVM_RUN")(error)),
+        }
+    }
+
+    /// Finishes the instruction of the last exit without running another one. Until then the
+    /// registers that KVM shows are those before the access (Documentation/virt/kvm/api.rst, 5).
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_RUN` says; it is an error if it does not stop at once.
+    pub fn settle(&mut self) -> Result<(), KvmError> {
+        if !self.unfinished {
+            return Ok(());
+        }
+        let kick = self.kick();
+        kick.arm();
+        let result = self.run().map(|exit| exit.is_none());
+        kick.disarm();
+        match result {
+            Ok(true) => Ok(()),
+            // Finishing one access can need another exit (a string instruction across a page).
+            Ok(false) => self.settle(),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts the state into `state`.
+    ///
+    /// General, segment and control registers and events come from the `kvm_run` page: KVM left
+    /// them there when the vCPU last returned, so the caller has [`Vcpu::settle`]d it.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR could not be read.
+    pub fn save(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
+        let sync = self.fd.sync_regs();
+        state.regs = sync.regs;
+        state.sregs = sync.sregs;
+        state.events = sync.events;
+        self.save_xsave(state)?;
+        self.save_msrs(state)?;
+        state.lapic = self.fd.get_lapic().map_err(KvmError::ioctl("KVM_GET_LAPIC"))?;
+        state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
+        state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
+        state.mp = self.fd.get_mp_state().map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?;
+        Ok(())
+    }
+
+    fn save_xsave(&self, state: &mut VcpuState) -> Result<(), KvmError> {
+        let (name, request) = if self.xsave2 {
+            ("KVM_GET_XSAVE2", GET_XSAVE2)
+        } else {
+            ("KVM_GET_XSAVE", GET_XSAVE)
+        };
+        // SAFETY: the descriptor is a vCPU. KVM writes 4096 bytes with KVM_GET_XSAVE and as many
+        // as KVM_CAP_XSAVE2 says with KVM_GET_XSAVE2; `Host::open` refused a host with more than
+        // the MAX_XSAVE bytes that the destination has.
+        unsafe { self.ioctl(name, request, state.xsave.as_mut_ptr().cast()) }?;
+        state.xsave_bytes = self.xsave_bytes;
+        Ok(())
+    }
+
+    fn save_msrs(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
+        let requested = self.msrs.as_slice().len();
+        let applied =
+            self.fd.get_msrs(&mut self.msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+        if applied != requested {
+            let index = self.msrs.as_slice()[applied].index;
+            return Err(KvmError::ShortMsrs { name: "KVM_GET_MSRS", applied, requested, index });
+        }
+        state.msrs[..requested].copy_from_slice(self.msrs.as_slice());
+        state.msr_count = u32::try_from(requested).unwrap_or(0);
+        Ok(())
+    }
+
+    /// Sets what differs between `to` and `from`, the state that this vCPU is known to have; all of
+    /// it without `from`. Registers are handed over in the `kvm_run` page with the next entry.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR was refused.
+    pub fn restore(&mut self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
+        let differs = |same: fn(&VcpuState, &VcpuState) -> bool| from.is_none_or(|from| !same(to, from));
+        if differs(|a, b| a.xcrs == b.xcrs) {
+            self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
+        }
+        if differs(|a, b| a.xsave() == b.xsave()) {
+            self.restore_xsave(to)?;
+        }
+        if differs(|a, b| a.sregs == b.sregs) {
+            // By ioctl and not with the next entry, because MSRs and LAPIC depend on it.
+            self.fd.set_sregs(&to.sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))?;
+        }
+        if differs(|a, b| a.lapic == b.lapic) {
+            self.fd.set_lapic(&to.lapic).map_err(KvmError::ioctl("KVM_SET_LAPIC"))?;
+        }
+        if differs(|a, b| a.msrs() == b.msrs()) {
+            self.restore_msrs(to)?;
+        }
+        if differs(|a, b| a.debug == b.debug) {
+            self.fd.set_debug_regs(&to.debug).map_err(KvmError::ioctl("KVM_SET_DEBUGREGS"))?;
+        }
+        if differs(|a, b| a.mp == b.mp) {
+            self.fd.set_mp_state(to.mp).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))?;
+        }
+        let sync = self.fd.sync_regs_mut();
+        sync.regs = to.regs;
+        sync.events = to.events;
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+        if differs(|a, b| a.events == b.events) {
+            self.fd.set_sync_dirty_reg(SyncReg::VcpuEvents);
+        }
+        self.unfinished = false;
+        Ok(())
+    }
+
+    fn restore_xsave(&self, to: &VcpuState) -> Result<(), KvmError> {
+        if to.xsave_bytes != self.xsave_bytes {
+            return Err(KvmError::TooLarge {
+                what: "the extended register area",
+                needed: to.xsave_bytes as usize,
+                room: self.xsave_bytes as usize,
+            });
+        }
+        // SAFETY: the descriptor is a vCPU, and KVM reads at most as many bytes as KVM_CAP_XSAVE2
+        // says, which is no more than the MAX_XSAVE bytes of the source.
+        unsafe { self.ioctl("KVM_SET_XSAVE", SET_XSAVE, to.xsave.as_ptr().cast_mut().cast()) }
+    }
+
+    /// An ioctl on the vCPU that kvm-ioctls does not wrap in the form needed here.
+    ///
+    /// # Safety
+    ///
+    /// `argument` is what `request` reads or writes.
+    unsafe fn ioctl(
+        &self,
+        name: &'static str,
+        request: libc::c_ulong,
+        argument: *mut libc::c_void,
+    ) -> Result<(), KvmError> {
+        // SAFETY: by this function's contract.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, argument) };
+        if result < 0 {
+            Err(KvmError::Ioctl { name, source: io::Error::last_os_error() })
+        } else {
+            Ok(())
+        }
+    }
+
+    fn restore_msrs(&mut self, to: &VcpuState) -> Result<(), KvmError> {
+        let requested = self.msrs.as_slice().len();
+        let from = to.msrs();
+        if from.len() != requested {
+            return Err(KvmError::TooLarge { what: "the MSR list", needed: from.len(), room: requested });
+        }
+        self.msrs.as_mut_slice().copy_from_slice(from);
+        let applied = self.fd.set_msrs(&self.msrs).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
+        if applied == requested {
+            Ok(())
+        } else {
+            let index = from[applied].index;
+            Err(KvmError::ShortMsrs { name: "KVM_SET_MSRS", applied, requested, index })
+        }
+    }
+
+    /// Sets one MSR.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::ShortMsrs`] if it is refused.
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<(), KvmError> {
+        let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
+            .map_err(|_| KvmError::TooLarge { what: "the MSR list", needed: 1, room: 0 })?;
+        match self.fd.set_msrs(&one).map_err(KvmError::ioctl("KVM_SET_MSRS"))? {
+            1 => Ok(()),
+            applied => {
+                Err(KvmError::ShortMsrs { name: "KVM_SET_MSRS", applied, requested: 1, index })
+            }
+        }
+    }
+
+    /// Guest TSC frequency in kHz.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_GET_TSC_KHZ` says.
+    pub fn tsc_khz(&self) -> Result<u32, KvmError> {
+        self.fd.get_tsc_khz().map_err(KvmError::ioctl("KVM_GET_TSC_KHZ"))
+    }
+
+    /// What has to be added to the host's TSC to get the guest's, in ticks (wrapping);
+    /// `None` where KVM does not tell (`KVM_VCPU_TSC_OFFSET`, Linux 5.16).
+    #[must_use]
+    pub fn tsc_offset(&self) -> Option<u64> {
+        let mut offset = 0_u64;
+        let attr = tsc_offset_attr(&raw mut offset);
+        let argument = (&raw const attr).cast_mut().cast();
+        // SAFETY: KVM reads the attribute and writes the u64 that its `addr` points to; both
+        // outlive the call.
+        unsafe { self.ioctl("KVM_GET_DEVICE_ATTR", GET_DEVICE_ATTR, argument) }.ok()?;
+        Some(offset)
+    }
+
+    /// Sets what [`Vcpu::tsc_offset`] gave on another machine of this host: guest time goes on
+    /// without a step, however long the hand-over took.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_SET_DEVICE_ATTR` says.
+    pub fn set_tsc_offset(&self, mut offset: u64) -> Result<(), KvmError> {
+        let attr = tsc_offset_attr(&raw mut offset);
+        let argument = (&raw const attr).cast_mut().cast();
+        // SAFETY: KVM reads the attribute and the u64 that its `addr` points to; both outlive the
+        // call.
+        unsafe { self.ioctl("KVM_SET_DEVICE_ATTR", SET_DEVICE_ATTR, argument) }
+    }
+
+    /// State of the `kvm_run` page's registers, for [`super::Machine`] and boot code.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn boot(
+        &mut self,
+        regs: &kvm_bindings::kvm_regs,
+        change: impl FnOnce(&mut kvm_bindings::kvm_sregs),
+    ) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(KvmError::ioctl("KVM_GET_SREGS"))?;
+        change(&mut sregs);
+        self.fd.set_sregs(&sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))?;
+        self.fd.set_regs(regs).map_err(KvmError::ioctl("KVM_SET_REGS"))
+    }
+}
+
+/// `_IOR(KVMIO, 0xa4, struct kvm_xsave)`.
+const GET_XSAVE: libc::c_ulong = 0x9000_aea4;
+/// `_IOW(KVMIO, 0xa5, struct kvm_xsave)`; the structure's real length is that of `KVM_GET_XSAVE2`.
+const SET_XSAVE: libc::c_ulong = 0x5000_aea5;
+/// `_IOR(KVMIO, 0xcf, struct kvm_xsave)`.
+const GET_XSAVE2: libc::c_ulong = 0x9000_aecf;
+/// `_IOW(KVMIO, 0xe1, struct kvm_device_attr)`.
+const SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+/// `_IOW(KVMIO, 0xe2, struct kvm_device_attr)`.
+const GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+
+fn tsc_offset_attr(offset: *mut u64) -> kvm_bindings::kvm_device_attr {
+    kvm_bindings::kvm_device_attr {
+        group: kvm_bindings::KVM_VCPU_TSC_CTRL,
+        attr: u64::from(kvm_bindings::KVM_VCPU_TSC_OFFSET),
+        addr: offset as u64,
+        flags: 0,
+    }
+}
+
+/// An error for a vCPU that stopped for a reason nobody handles.
+#[must_use]
+pub fn unexpected_exit(what: &'static str) -> KvmError {
+    KvmError::Ioctl { name: what, source: io::ErrorKind::Unsupported.into() }
+}

@@ -1,0 +1,160 @@
+//! A mapped image.
+#![expect(unsafe_code, reason = "mmap and access to memory that the guest writes at any time")]
+
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use super::{BackingKind, MemoryError, PAGE};
+use crate::sys::SysError;
+
+/// Guest RAM in this process. One contiguous mapping: page `n` of the image is at `n * PAGE`.
+///
+/// The guest writes to it while we read: access is by copying whole pages or through
+/// [`super::GuestRam`], never by reference.
+#[derive(Debug)]
+pub struct Mapping {
+    address: NonNull<u8>,
+    bytes: usize,
+    kind: BackingKind,
+}
+
+// SAFETY: the mapping is plain memory, valid in every thread until it is dropped, and no method
+// hands out a reference into it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent copies race with the guest anyway and are treated as such.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub(super) fn shared(
+        file: BorrowedFd<'_>,
+        bytes: u64,
+        kind: BackingKind,
+    ) -> Result<Self, MemoryError> {
+        Self::map(file, bytes, kind, MapFlags::SHARED, None)
+    }
+
+    pub(super) fn private(
+        file: BorrowedFd<'_>,
+        bytes: u64,
+        kind: BackingKind,
+    ) -> Result<Self, MemoryError> {
+        Self::map(file, bytes, kind, MapFlags::PRIVATE, None)
+    }
+
+    fn map(
+        file: BorrowedFd<'_>,
+        bytes: u64,
+        kind: BackingKind,
+        flags: MapFlags,
+        at: Option<NonNull<u8>>,
+    ) -> Result<Self, MemoryError> {
+        let len = usize::try_from(bytes).map_err(|_| SysError {
+            call: "mmap",
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
+        let (hint, fixed) = match at {
+            Some(address) => (address.as_ptr().cast(), MapFlags::FIXED),
+            None => (std::ptr::null_mut(), MapFlags::empty()),
+        };
+        // SAFETY: without `at` the kernel picks a free range; with it the range is our own old
+        // mapping of the same size, which this one replaces and which nobody holds references to.
+        let address = unsafe {
+            rustix::mm::mmap(
+                hint,
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags | fixed,
+                file,
+                0,
+            )
+        }
+        .map_err(SysError::new("mmap"))?;
+        let address = NonNull::new(address.cast::<u8>()).ok_or(SysError {
+            call: "mmap",
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
+        let mapping = Self { address, bytes: len, kind };
+        if kind.backing().advise_huge() {
+            mapping.advise(0, len, Advice::LinuxHugepage)?;
+        }
+        Ok(mapping)
+    }
+
+    /// Replaces this shared mapping by a private one of the same file at the same address. KVM
+    /// memslots over the range stay valid (KVM follows through the MMU notifier).
+    ///
+    /// No vCPU may run meanwhile: a guest write between the last shared and the first private
+    /// moment would hit a hole.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) says; the old mapping then still stands.
+    pub fn make_private(&mut self, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
+        let replaced =
+            Self::map(file, self.bytes as u64, self.kind, MapFlags::PRIVATE, Some(self.address))?;
+        // The old value describes the same range, so exactly one of the two may unmap it.
+        std::mem::forget(replaced);
+        Ok(())
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: Advice) -> Result<(), SysError> {
+        assert!(offset + len <= self.bytes);
+        // SAFETY: in bounds by the assertion, and none of the advice values used here changes the
+        // contents of the range.
+        let address = unsafe { self.address.as_ptr().add(offset) };
+        // SAFETY: the range is mapped by us.
+        unsafe { rustix::mm::madvise(address.cast(), len, advice) }
+            .map_err(SysError::new("madvise"))
+    }
+
+    /// Host address of the first byte, for memslots.
+    #[must_use]
+    pub fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Backing of the mapped image.
+    #[must_use]
+    pub fn kind(&self) -> BackingKind {
+        self.kind
+    }
+
+    /// Address of image page `page`.
+    ///
+    /// # Panics
+    ///
+    /// If the image has no such page; page numbers from the dirty log are checked before.
+    #[must_use]
+    pub fn page(&self, page: u32) -> NonNull<u8> {
+        let offset = page as usize * PAGE;
+        assert!(offset < self.bytes, "page {page} is beyond the image");
+        // SAFETY: in bounds by the assertion (the length is a multiple of the page size).
+        unsafe { self.address.add(offset) }
+    }
+
+    /// Makes page `page` private to this process, contents unchanged.
+    pub fn touch(&self, page: u32) {
+        let word = self.page(page).as_ptr().cast::<u64>();
+        // An atomic add of 0 is a write that changes nothing, whoever else writes.
+        // SAFETY: page-aligned, mapped, and accessed atomically.
+        let word = unsafe { std::sync::atomic::AtomicU64::from_ptr(word) };
+        word.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: we own the range, and nothing can still point into it: KVM holds no reference
+        // (MMU notifier) and no method hands one out.
+        let result = unsafe { rustix::mm::munmap(self.address.as_ptr().cast(), self.bytes) };
+        debug_assert!(result.is_ok());
+    }
+}
