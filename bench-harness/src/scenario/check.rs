@@ -1,0 +1,105 @@
+//! What a scenario must satisfy besides its types.
+
+use super::{Backing, Kind, PAGE_BYTES, Scenario, ScenarioError};
+
+/// Checks one scenario.
+///
+/// # Errors
+///
+/// [`ScenarioError::Invalid`] with the first field at fault.
+pub(super) fn check(scenario: &Scenario) -> Result<(), ScenarioError> {
+    check_name(scenario)?;
+    check_machine(scenario)?;
+    check_pages(scenario)?;
+    check_kind(scenario)
+}
+
+fn invalid(scenario: &Scenario, field: &'static str, problem: impl Into<String>) -> ScenarioError {
+    ScenarioError::Invalid { name: scenario.name.clone(), field, problem: problem.into() }
+}
+
+fn within(
+    scenario: &Scenario,
+    field: &'static str,
+    value: u32,
+    (low, high): (u32, u32),
+) -> Result<(), ScenarioError> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(invalid(scenario, field, format!("is {value}, must be {low} to {high}")))
+}
+
+fn check_name(scenario: &Scenario) -> Result<(), ScenarioError> {
+    // The name becomes part of file names, so nothing that a path could be made of.
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let name = &scenario.name;
+    if name.is_empty() || name.len() > 40 || !name.chars().all(legal) || name.starts_with('-') {
+        return Err(invalid(
+            scenario,
+            "name",
+            "must be 1 to 40 of a-z, 0-9 and `-`, and not start with `-`",
+        ));
+    }
+    Ok(())
+}
+
+fn check_machine(scenario: &Scenario) -> Result<(), ScenarioError> {
+    within(scenario, "memory_mib", scenario.memory_mib, (16, 1 << 16))?;
+    within(scenario, "vcpus", scenario.vcpus, (1, 64))?;
+    within(scenario, "forks", scenario.forks, (1, 1_000_000))?;
+    within(scenario, "warmup", scenario.warmup, (0, 100_000))?;
+    within(scenario, "announce_us", scenario.announce_us, (0, 1_000_000))?;
+    within(scenario, "children_per_fork", scenario.children_per_fork, (1, 10_000))?;
+    within(scenario, "depth", scenario.depth, (1, 10_000))?;
+    within(scenario, "keep_children", scenario.keep_children, (0, 100_000))?;
+    if scenario.backing == Backing::Hugetlb && !scenario.memory_mib.is_multiple_of(2) {
+        let problem = format!("is {}, must be even with 2 MiB pages", scenario.memory_mib);
+        return Err(invalid(scenario, "memory_mib", problem));
+    }
+    Ok(())
+}
+
+fn check_pages(scenario: &Scenario) -> Result<(), ScenarioError> {
+    // Half of the memory: the guest itself and its tables need room, and random pages must be
+    // distinct without the guest searching for the last free ones.
+    let room = scenario.memory_bytes() / PAGE_BYTES / 2;
+    let fits = |field, pages: u64| {
+        if pages <= room {
+            return Ok(());
+        }
+        let problem = format!("needs {pages} pages, half of the memory is {room}");
+        Err(invalid(scenario, field, problem))
+    };
+    if scenario.dirty.is_some_and(|dirty| dirty.pages == 0) {
+        return Err(invalid(scenario, "dirty", "has 0 pages: leave it out"));
+    }
+    fits("dirty", u64::from(scenario.dirty_pages()))?;
+    fits("check_pages", u64::from(scenario.check_pages))?;
+    fits("work_mib", (u64::from(scenario.work_mib) << 20) / PAGE_BYTES)?;
+    within(scenario, "rate_pages_per_second", scenario.rate_pages_per_second, (0, 10_000_000))
+}
+
+fn check_kind(scenario: &Scenario) -> Result<(), ScenarioError> {
+    // A field that the kind does not look at would be a scenario that measures something else
+    // than its text says.
+    let only = |field, kind: Kind, is_set: bool, needed: &str| {
+        if (scenario.kind == kind) == is_set {
+            return Ok(());
+        }
+        let problem = if is_set {
+            format!("is only for kind {kind:?}, this is {:?}", scenario.kind)
+        } else {
+            format!("{needed} for kind {kind:?}")
+        };
+        Err(invalid(scenario, field, problem.to_lowercase()))
+    };
+    only("depth", Kind::Depth, scenario.depth > 1, "must be 2 or more")?;
+    only("keep_children", Kind::Children, scenario.keep_children > 0, "must be 1 or more")?;
+    only("children_per_fork", Kind::Fanout, scenario.children_per_fork > 1, "must be 2 or more")?;
+    only("work_mib", Kind::Tax, scenario.work_mib > 0, "must be 1 or more")?;
+    if scenario.is_open_loop() && scenario.kind != Kind::Fork {
+        return Err(invalid(scenario, "interval_us", "is only for kind fork"));
+    }
+    Ok(())
+}
