@@ -7,6 +7,7 @@
 //! | `rdi` | address of this vCPU's parameter page |
 //! | `rsi` | vCPU index, the boot vCPU is 0 |
 //! | `rsp` | top of this vCPU's stack, 16-byte aligned minus 8 as after a call |
+//! | ports | those below [`IO_PORTS`] are allowed by the TSS as well |
 //! | SSE | enabled (`CR4.OSFXSR`, `CR4.OSXMMEXCPT`) |
 //! | IDT | empty: an exception or an interrupt stops the instance |
 //!
@@ -16,8 +17,20 @@
 pub const MAX_VCPUS: u64 = 16;
 /// Global descriptor table.
 pub const GDT: u64 = 0x6000;
-/// Task state segment.
+/// Task state segment, with an I/O permission bitmap that allows the ports below [`IO_PORTS`].
+///
+/// IOPL 3 alone is not enough: KVM's emulator asks the bitmap wherever guest code runs in user mode
+/// of the host (`kvm_pvm` does not carry IOPL through), and refuses a port that lies behind the
+/// segment's limit. Without it the first `out` stops the instance with `KVM_EXIT_SHUTDOWN`.
 pub const TSS: u64 = 0x7000;
+/// Offset in the TSS of the 16-bit field that holds [`IO_BITMAP`].
+pub const IO_BITMAP_FIELD: u64 = 102;
+/// Offset of the bitmap in the TSS: right behind the fixed part. All its bits are 0 (allowed).
+pub const IO_BITMAP: u64 = 104;
+/// Ports that the bitmap covers.
+pub const IO_PORTS: u64 = 0x1000;
+/// Limit of the TSS: the offset of its last byte, which stands behind the bitmap and is 0xff.
+pub const TSS_LIMIT: u64 = IO_BITMAP + IO_PORTS / 8;
 /// Empty interrupt descriptor table.
 pub const IDT: u64 = 0x8000;
 /// Parameter page of vCPU 0; vCPU `v` has the `v`-th page from here.
@@ -61,4 +74,61 @@ pub const fn clock(vcpu: u64) -> u64 {
 pub const fn ram_page(start: u64, page: u64) -> u64 {
     let flat = start + page * PAGE;
     if flat < HOLE_START { flat } else { flat - HOLE_START + HOLE_END }
+}
+
+// What lies below the ELF does not overlap, for any number of vCPUs.
+const _: () = {
+    assert!(GDT + PAGE <= TSS);
+    assert!(TSS + TSS_LIMIT < IDT);
+    assert!(IDT + PAGE <= PARAM);
+    assert!(param_page(MAX_VCPUS) <= CLOCK);
+    assert!(clock(MAX_VCPUS) <= PML4);
+    // The PML4, one PDPT, 64 page directories.
+    assert!(PML4 + 66 * PAGE <= STACKS);
+    assert!(STACKS + MAX_VCPUS * STACK_BYTES <= ELF_BASE);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: u64 = 0x30_0000;
+
+    #[test]
+    fn pages_below_the_hole_are_where_they_are_counted() {
+        assert_eq!(ram_page(START, 0), START);
+        assert_eq!(ram_page(START, 1), START + PAGE);
+        let last = (HOLE_START - START) / PAGE - 1;
+        assert_eq!(ram_page(START, last), HOLE_START - PAGE);
+    }
+
+    #[test]
+    fn pages_go_on_behind_the_hole() {
+        let first = (HOLE_START - START) / PAGE;
+        assert_eq!(ram_page(START, first), HOLE_END);
+        assert_eq!(ram_page(START, first + 1), HOLE_END + PAGE);
+        assert_eq!(ram_page(START, first + (1 << 20)), HOLE_END + (1 << 32));
+    }
+
+    #[test]
+    fn no_page_lies_in_the_hole_and_none_comes_twice() {
+        let around = (HOLE_START - START) / PAGE;
+        let mut previous = ram_page(START, around - 1001);
+        for page in around - 1000..around + 1000 {
+            let address = ram_page(START, page);
+            assert!(!(HOLE_START..HOLE_END).contains(&address), "{address:#x}");
+            assert!(address > previous, "{address:#x}");
+            previous = address;
+        }
+    }
+
+    #[test]
+    fn areas_of_vcpus_do_not_touch() {
+        for vcpu in 1..MAX_VCPUS {
+            assert_eq!(param_page(vcpu) - param_page(vcpu - 1), PAGE);
+            assert!(clock(vcpu) - clock(vcpu - 1) >= 32);
+            // An area that crossed a page could be captured half old, half new.
+            assert_eq!(clock(vcpu) / PAGE, (clock(vcpu) + 31) / PAGE);
+        }
+    }
 }

@@ -4,6 +4,8 @@
 //! first on until [`op::END`], writes results, and rings [`crate::port::DONE`] with the sequence
 //! number. All fields are little-endian. After a fork both machines go on with the step after it.
 
+use core::mem::offset_of;
+
 /// Steps of one program.
 pub const STEPS: usize = 40;
 /// Result words of one program.
@@ -56,7 +58,25 @@ pub struct ParamPage {
     pub reserved: [u64; 112],
 }
 
-const _: () = assert!(size_of::<ParamPage>() == 4096);
+// Guests in other languages are written against these numbers (ABI.md).
+const _: () = {
+    assert!(size_of::<ParamPage>() == 4096);
+    assert!(size_of::<Header>() == 64);
+    assert!(offset_of!(Header, seq) == 0);
+    assert!(offset_of!(Header, work_start) == 8);
+    assert!(offset_of!(Header, work_pages) == 16);
+    assert!(offset_of!(Header, tsc_khz) == 24);
+    assert!(offset_of!(Header, vcpus) == 32);
+    assert!(size_of::<Step>() == 40);
+    assert!(offset_of!(Step, op) == 0);
+    assert!(offset_of!(Step, who) == 4);
+    assert!(offset_of!(Step, result) == 6);
+    assert!(offset_of!(Step, args) == 8);
+    assert!(offset_of!(ParamPage, header) == 0);
+    assert!(offset_of!(ParamPage, steps) == 64);
+    assert!(offset_of!(ParamPage, results) == 1664);
+    assert!(offset_of!(ParamPage, reserved) == 3200);
+};
 
 /// Who runs a step, seen from the last fork *in this program*.
 pub mod who {

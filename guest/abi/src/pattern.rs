@@ -31,10 +31,17 @@ pub const fn mark(page: u64, generation: u64) -> u64 {
     mix(page.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ generation.rotate_left(32) ^ 0x00c0_ffee)
 }
 
+/// One step of [`page_sum`]. Apart, because the guest sums several pages side by side: the
+/// multiplications of one page depend on each other.
+#[must_use]
+pub const fn sum_word(sum: u64, word: u64) -> u64 {
+    sum.rotate_left(5).wrapping_mul(0x0000_0100_0000_01b3) ^ word
+}
+
 /// Checksum of a page from its 512 words: position-dependent, so swapped words show.
 #[must_use]
 pub fn page_sum(words: impl Iterator<Item = u64>) -> u64 {
-    words.fold(0, |sum: u64, word| sum.rotate_left(5).wrapping_mul(0x0000_0100_0000_01b3) ^ word)
+    words.fold(0, sum_word)
 }
 
 /// What [`page_sum`] must give for a page, computed without reading it.
@@ -68,6 +75,108 @@ impl Iterator for Pages {
     fn next(&mut self) -> Option<u64> {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         // Multiply-shift instead of a remainder: no division in the guest's inner loop.
-        Some(((u128::from(mix(self.state)) * u128::from(self.pages)) >> 64) as u64)
+        let scaled = (u128::from(mix(self.state)) * u128::from(self.pages)) >> 64;
+        Some(scaled as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    extern crate std;
+    use std::{collections::HashSet, vec::Vec};
+
+    fn page(seed: u64, page: u64, generation: u64, counter: u64) -> Vec<u64> {
+        let mut words: Vec<u64> = (0..WORDS).map(|word| base(seed, page, word)).collect();
+        words[0] = mark(page, generation);
+        words[511] = mark(page, generation);
+        words[256] = counter;
+        words
+    }
+
+    #[test]
+    fn pages_stay_below_their_bound() {
+        for pages in [1, 2, 3, 511, 512, 1 << 20, u64::MAX] {
+            assert!(Pages::new(7, pages).take(10_000).all(|page| page < pages), "{pages}");
+        }
+        assert!(Pages::new(7, 1).take(100).all(|page| page == 0));
+    }
+
+    #[test]
+    fn pages_are_the_same_for_a_seed_and_differ_between_seeds() {
+        let of = |seed| Pages::new(seed, 1 << 30).take(64).collect::<Vec<_>>();
+        assert_eq!(of(1), of(1));
+        assert_ne!(of(1), of(2));
+        assert_ne!(of(0), of(1));
+    }
+
+    /// Chi-squared over 256 cells: 255 degrees of freedom, so mean 255, deviation about 22.6.
+    #[test]
+    fn pages_are_uniform() {
+        const CELLS: usize = 256;
+        const DRAWS: u64 = 256_000;
+        for seed in 0..8 {
+            let mut cells = [0_u64; CELLS];
+            for page in Pages::new(seed, CELLS as u64 * 1000).take(256_000) {
+                cells[usize::try_from(page / 1000).expect("below 256")] += 1;
+            }
+            let mean = DRAWS / CELLS as u64;
+            let chi_squared = cells.iter().map(|&n| n.abs_diff(mean).pow(2)).sum::<u64>() / mean;
+            assert!((150..360).contains(&chi_squared), "seed {seed}: {chi_squared}");
+        }
+    }
+
+    #[test]
+    fn expected_sum_is_the_sum_of_the_page() {
+        for (seed, number, generation, counter) in
+            [(0, 0, 0, 0), (1, 2, 3, 4), (u64::MAX, 1 << 30, u64::MAX, u64::MAX)]
+        {
+            let words = page(seed, number, generation, counter);
+            assert_eq!(
+                page_sum(words.into_iter()),
+                expected_sum(seed, number, generation, counter)
+            );
+        }
+    }
+
+    #[test]
+    fn every_word_and_its_place_count_in_the_sum() {
+        let clean = page(1, 2, 3, 4);
+        let sum = page_sum(clean.iter().copied());
+        for word in 0..clean.len() {
+            let mut flipped = clean.clone();
+            flipped[word] ^= 1 << (word % 64);
+            assert_ne!(page_sum(flipped.into_iter()), sum, "word {word}");
+        }
+        for word in 1..clean.len() {
+            let mut swapped = clean.clone();
+            swapped.swap(word - 1, word);
+            assert_ne!(page_sum(swapped.into_iter()), sum, "words {} and {word}", word - 1);
+        }
+    }
+
+    #[test]
+    fn pages_seeds_and_generations_have_different_sums() {
+        let mut sums = HashSet::new();
+        for seed in 0..4 {
+            for number in 0..4 {
+                for generation in 0..4 {
+                    for counter in 0..4 {
+                        assert!(sums.insert(expected_sum(seed, number, generation, counter)));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn words_of_neighbouring_pages_do_not_repeat() {
+        let mut words = HashSet::new();
+        for number in 0..64 {
+            for word in 0..WORDS {
+                assert!(words.insert(base(42, number, word)), "page {number}, word {word}");
+            }
+        }
     }
 }

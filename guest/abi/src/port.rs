@@ -57,3 +57,11 @@ pub mod answer {
     /// Words before the list of children.
     pub const WORDS: usize = 24;
 }
+
+/// Exit codes that the bundled guest uses by itself.
+pub mod exit_code {
+    /// A program that breaks the rules of [`crate::param`]; the console says which step and why.
+    pub const BAD_PROGRAM: u32 = 70;
+    /// A panic in the guest; the console has its message.
+    pub const PANIC: u32 = 71;
+}
