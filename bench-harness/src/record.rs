@@ -139,6 +139,26 @@ impl Recorder {
         self.rows.iter().filter_map(value).collect()
     }
 
+    /// Pairs of a size and a metric (`depth`, `branch_us`) of the forks that have the size; without
+    /// `size`, of all forks with their index. Infinite for failed forks.
+    #[must_use]
+    pub fn pairs(&self, size: Option<&str>, metric: &str) -> Vec<(f64, f64)> {
+        let column = |name: &str| self.columns.iter().position(|known| known == name);
+        let value = |row: &Row, name: &str| {
+            let value = column(name).and_then(|column| row.values.get(column).copied());
+            value.filter(|value| !value.is_nan())
+        };
+        let pair = |(index, row): (usize, &Row)| {
+            let x = match size {
+                Some(size) => value(row, size)?,
+                None => f64::from(u32::try_from(index).ok()?),
+            };
+            let failed = row.failure.as_ref().map(|_| f64::INFINITY);
+            Some((x, value(row, metric).or(failed)?))
+        };
+        self.rows.iter().enumerate().filter_map(pair).collect()
+    }
+
     /// Summary of one metric; `None` if it is not known.
     #[must_use]
     pub fn summary(&self, metric: &str) -> Option<Summary> {

@@ -69,9 +69,11 @@ pub enum Kind {
     /// One child per fork, ended before the next fork.
     #[default]
     Fork,
-    /// The child forks, and its child, down to `depth`; `forks` chains are made.
+    /// The child forks, and its child, down to `depth`; `forks` chains are made, all
+    /// forks are recorded, with their `depth`.
     Depth,
-    /// Children stay alive until `keep_children` are; then `forks` more forks are measured.
+    /// Children stay alive until `keep_children` are, then `forks` more forks are measured; all are
+    /// recorded, with their `alive_children`.
     Children,
     /// `children_per_fork` children in one fork, all or none.
     Fanout,

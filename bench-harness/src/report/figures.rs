@@ -1,0 +1,245 @@
+//! The figures of the specification (section 5) that a bare guest can show, against what was
+//! measured.
+
+use serde::{Deserialize, Serialize};
+
+use super::ScenarioSummary;
+use super::summary::stage_word;
+use crate::record::Summary;
+
+/// How far a figure is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Met {
+    /// The further goal, too.
+    Then,
+    /// What must be reached.
+    Must,
+    /// Not reached.
+    Missed,
+    /// A scenario that it needs was not run, or did not measure it.
+    NotMeasured,
+}
+
+/// One figure and what became of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FigureVerdict {
+    /// What is asked, unit included.
+    pub what: String,
+    /// The scenario that shows it.
+    pub scenario: String,
+    /// Bound that must be reached; none if there is only a further goal.
+    pub must: Option<f64>,
+    /// The further goal.
+    pub then: Option<f64>,
+    /// Whether the bounds are lower bounds.
+    pub at_least: bool,
+    /// The figure of this run.
+    pub measured: Option<f64>,
+    /// The verdict.
+    pub met: Met,
+    /// If it was missed: by how much (0.2 is 20 %) of the bound that was missed.
+    pub missed_by: Option<f64>,
+    /// If it was missed: the stage that has the most to do with it.
+    pub stage: Option<String>,
+}
+
+/// Access to the scenarios of a run.
+struct Runs<'a>(&'a [ScenarioSummary]);
+
+impl<'a> Runs<'a> {
+    fn get(&self, name: &str) -> Option<&'a ScenarioSummary> {
+        self.0.iter().find(|summary| summary.scenario.name == name)
+    }
+
+    fn metric(&self, scenario: &str, metric: &str) -> Option<&'a Summary> {
+        self.get(scenario)?.metrics.get(metric)
+    }
+
+    fn branch(&self, scenario: &str) -> Option<f64> {
+        Some(self.metric(scenario, "branch_us")?.p50.0)
+    }
+
+    fn value(&self, scenario: &str, name: &str) -> Option<f64> {
+        self.get(scenario)?.values.get(name).copied()
+    }
+
+    /// µs that each dirty page adds to the quiet fork.
+    fn per_page(&self, scenario: &str) -> Option<f64> {
+        let pages = f64::from(self.get(scenario)?.scenario.dirty_pages());
+        Some((self.branch(scenario)? - self.branch("quiet")?) / pages)
+    }
+
+    /// How many times slower than a fork a baseline of the same scenario is.
+    fn times(&self, scenario: &str, baseline: &str) -> Option<f64> {
+        let baseline = self.get(scenario)?.baselines.get(baseline)?;
+        Some(baseline.p50.0 / self.branch(scenario)?)
+    }
+
+    /// The stage to look at: the largest one, or the one that grew most since `quiet`.
+    fn culprit(&self, scenario: &str) -> Option<String> {
+        let summary = self.get(scenario)?;
+        let quiet = self.get("quiet").filter(|_| scenario != "quiet");
+        let excess = |name: &&String| {
+            let p50 = |s: &ScenarioSummary| s.metrics.get(*name).map_or(0.0, |m| m.p50.0);
+            p50(summary) - quiet.map_or(0.0, p50)
+        };
+        let stage = summary.stages.iter().max_by(|a, b| excess(a).total_cmp(&excess(b)))?;
+        Some(stage_word(stage))
+    }
+}
+
+/// All figures, in the order of the specification.
+pub(super) fn verdicts(scenarios: &[ScenarioSummary]) -> Vec<FigureVerdict> {
+    let runs = Runs(scenarios);
+    let mut table = Table { runs: &runs, rows: Vec::new() };
+    latency(&mut table);
+    flatness(&mut table);
+    dirty_pages(&mut table);
+    crowd(&mut table);
+    table.rows
+}
+
+fn latency(table: &mut Table<'_>) {
+    let quiet = table.runs.metric("quiet", "branch_us");
+    let p50 = quiet.map(|summary| summary.p50.0);
+    let p99 = quiet.map(|summary| summary.p99.0);
+    let tail = quiet.map(|summary| summary.p99.0 / summary.p50.0);
+    let floor = table.runs.get("quiet").and_then(ScenarioSummary::branch_per_floor);
+    table.at_most("branch p50 (µs)", "quiet", Some(150.0), None, p50);
+    table.at_most("branch p99 (µs)", "quiet", Some(329.0), None, p99);
+    table.at_most("branch p50 / floor", "quiet", None, Some(1.3), floor);
+    table.at_most("branch p99 / p50", "quiet", None, Some(2.0), tail);
+    let pause = table.runs.metric("dirty-100", "pause_us").map(|summary| summary.p99.0);
+    table.at_most(
+        "pause p99 with 100 dirty pages (µs)",
+        "dirty-100",
+        Some(250.0),
+        Some(100.0),
+        pause,
+    );
+    let cold = table.runs.times("quiet", "cold_create_us");
+    table.at_least("cold creation / branch, p50", "quiet", Some(10.0), Some(20.0), cold);
+    let process = table.runs.times("quiet", "process_fork_us");
+    table.at_least("fork(2) of a process / branch, p50", "quiet", Some(1.0), None, process);
+}
+
+fn flatness(table: &mut Table<'_>) {
+    for name in ["memory-128m", "memory-1g", "memory-4g", "memory-8g"] {
+        let ratio = table.runs.branch(name).zip(table.runs.branch("quiet")).map(|(a, b)| a / b);
+        table.at_most("branch p50 / that of 512 MiB", name, Some(1.1), None, ratio);
+    }
+    for (name, what) in [
+        ("repeat-1000", "branch p50, last forks / first ones"),
+        ("depth-64", "branch p50, deepest forks / first ones"),
+        ("children-100", "branch p50, 100 children alive / few"),
+    ] {
+        let drift = table.runs.get(name).and_then(|summary| summary.drift_ratio);
+        table.at_most(what, name, Some(1.1), None, drift);
+    }
+}
+
+fn dirty_pages(table: &mut Table<'_>) {
+    for name in ["dirty-100", "dirty-1000", "dirty-10000"] {
+        let us = table.runs.per_page(name);
+        table.at_most("branch p50 per random dirty page (µs)", name, Some(3.0), Some(1.5), us);
+    }
+    let us = table.runs.per_page("hot-1000");
+    table.at_most(
+        "branch p50 per page dirty in each round (µs)",
+        "hot-1000",
+        Some(1.0),
+        Some(0.5),
+        us,
+    );
+    let pages = table.runs.metric("busy", "captured_pages").map(|summary| summary.p50.0);
+    table.at_most("pages left at the fork, p50", "busy", Some(50.0), Some(20.0), pages);
+    let tax = table.runs.value("busy", "sync_tax_ratio");
+    table.at_most("guest time lost to sync (share)", "busy", None, Some(0.03), tax);
+}
+
+fn crowd(table: &mut Table<'_>) {
+    const MIB: f64 = 1_048_576.0;
+    let name = "children-1000";
+    let started = table.runs.value(name, "started_s");
+    table.at_most("1,000 children started in (s)", name, Some(10.0), Some(3.0), started);
+    let bytes = table.runs.get(name).and_then(|summary| summary.memory_per_child_bytes);
+    #[expect(clippy::cast_precision_loss, reason = "bytes of one child are far below 2^52")]
+    let mib = bytes.map(|bytes| bytes as f64 / MIB);
+    table.at_most("memory per child, kernel included (MiB)", name, Some(4.0), Some(2.0), mib);
+    let private = table.runs.value(name, "private_user_bytes").map(|bytes| bytes / MIB);
+    table.at_most("of it private user memory (MiB)", name, Some(1.0), None, private);
+    let idle = table.runs.value("upkeep", "idle_cpu_ratio");
+    table.at_most(
+        "CPU of an idle instance with standby (cores)",
+        "upkeep",
+        Some(0.001),
+        None,
+        idle,
+    );
+}
+
+struct Table<'a> {
+    runs: &'a Runs<'a>,
+    rows: Vec<FigureVerdict>,
+}
+
+impl Table<'_> {
+    fn at_most(
+        &mut self,
+        what: &str,
+        scenario: &str,
+        must: Option<f64>,
+        then: Option<f64>,
+        measured: Option<f64>,
+    ) {
+        self.push(what, scenario, (must, then), false, measured);
+    }
+
+    fn at_least(
+        &mut self,
+        what: &str,
+        scenario: &str,
+        must: Option<f64>,
+        then: Option<f64>,
+        measured: Option<f64>,
+    ) {
+        self.push(what, scenario, (must, then), true, measured);
+    }
+
+    fn push(
+        &mut self,
+        what: &str,
+        scenario: &str,
+        (must, then): (Option<f64>, Option<f64>),
+        at_least: bool,
+        measured: Option<f64>,
+    ) {
+        // NaN and the like come from divisions by nothing: not a measurement.
+        let measured = measured.filter(|value| !value.is_nan());
+        let reaches =
+            |bound: f64, value: f64| if at_least { value >= bound } else { value <= bound };
+        let met = match measured {
+            None => Met::NotMeasured,
+            Some(value) if then.is_some_and(|bound| reaches(bound, value)) => Met::Then,
+            Some(value) if must.is_some_and(|bound| reaches(bound, value)) => Met::Must,
+            Some(_) => Met::Missed,
+        };
+        let missed = met == Met::Missed;
+        let bound = must.or(then).filter(|_| missed);
+        self.rows.push(FigureVerdict {
+            what: what.to_owned(),
+            scenario: scenario.to_owned(),
+            must,
+            then,
+            at_least,
+            measured: measured.filter(|value| value.is_finite()),
+            met,
+            missed_by: bound
+                .zip(measured)
+                .map(|(b, v)| (v / b - 1.0).abs())
+                .filter(|m| m.is_finite()),
+            stage: if missed { self.runs.culprit(scenario) } else { None },
+        });
+    }
+}

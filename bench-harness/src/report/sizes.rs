@@ -1,0 +1,97 @@
+//! Whether a fork becomes slower with what is there already: depth, children alive, earlier forks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::record::{Micros, Recorder, Summary};
+
+/// Columns of the recorder that say how much is there already.
+const SIZE_COLUMNS: [&str; 2] = ["depth", "alive_children"];
+/// The metric that must not follow them.
+const METRIC: &str = "branch_us";
+/// Fewer forks than this at each end say nothing about a drift.
+const LEAST_AT_EACH_END: usize = 5;
+
+/// The forks of one range of sizes: 0, 1, 2, 3–4, 5–8, 9–16 and so on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SizePoint {
+    /// Largest size of the range that occurred.
+    pub size: f64,
+    /// Forks.
+    pub n: u64,
+    /// Median of `branch_us`.
+    pub p50: Micros,
+    /// 99th percentile of `branch_us`.
+    pub p99: Micros,
+}
+
+fn size_column(recorder: &Recorder) -> Option<&'static str> {
+    SIZE_COLUMNS.into_iter().find(|column| recorder.metrics().any(|name| name == *column))
+}
+
+fn sorted_pairs(recorder: &Recorder) -> Vec<(f64, f64)> {
+    let mut pairs = recorder.pairs(size_column(recorder), METRIC);
+    pairs.sort_by(|a, b| a.0.total_cmp(&b.0));
+    pairs
+}
+
+/// Percentiles by range of sizes; empty if the scenario has none.
+pub(super) fn sizes(recorder: &Recorder) -> Vec<SizePoint> {
+    if size_column(recorder).is_none() {
+        return Vec::new();
+    }
+    let range = |size: f64| if size < 1.0 { -1.0 } else { size.log2().ceil() };
+    let pairs = sorted_pairs(recorder);
+    let chunks = pairs.chunk_by(|a, b| range(a.0).total_cmp(&range(b.0)).is_eq());
+    let point = |chunk: &[(f64, f64)]| {
+        let samples: Vec<f64> = chunk.iter().map(|(_, us)| *us).collect();
+        let summary = Summary::of(&samples)?;
+        let (size, _) = chunk.last()?;
+        Some(SizePoint { size: *size, n: summary.n, p50: summary.p50, p99: summary.p99 })
+    };
+    chunks.filter_map(point).collect()
+}
+
+/// p50 of the last eighth divided by p50 of the first; `None` if there are too few forks.
+pub(super) fn drift(recorder: &Recorder) -> Option<f64> {
+    let pairs = sorted_pairs(recorder);
+    let eighth = pairs.len() / 8;
+    if eighth < LEAST_AT_EACH_END {
+        return None;
+    }
+    let p50 = |part: &[(f64, f64)]| {
+        let samples: Vec<f64> = part.iter().map(|(_, us)| *us).collect();
+        Some(Summary::of(&samples)?.p50.0)
+    };
+    let ratio = p50(&pairs[pairs.len() - eighth..])? / p50(&pairs[..eighth])?;
+    ratio.is_finite().then_some(ratio)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Sample;
+
+    #[test]
+    fn depths_are_grouped_and_compared() {
+        let mut recorder = Recorder::new();
+        for depth in (1..=64u32).rev() {
+            let us = if depth > 56 { 120.0 } else { 100.0 };
+            recorder.record(Sample::new().with("depth", depth.into()).with("branch_us", us));
+        }
+        let sizes = sizes(&recorder);
+        let ends: Vec<(String, u64)> = sizes.iter().map(|p| (p.size.to_string(), p.n)).collect();
+        let expected = [("1", 1), ("2", 1), ("4", 2), ("8", 4), ("16", 8), ("32", 16), ("64", 32)];
+        assert_eq!(ends, expected.map(|(size, n)| (size.to_owned(), n)));
+        assert!((drift(&recorder).unwrap() - 1.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn without_a_size_the_order_counts() {
+        let mut recorder = Recorder::new();
+        for fork in 0..80u32 {
+            recorder.record(Sample::new().with("branch_us", 100.0 + f64::from(fork)));
+        }
+        assert!(sizes(&recorder).is_empty());
+        assert!((drift(&recorder).unwrap() - 174.0 / 104.0).abs() < 1e-9);
+    }
+}
