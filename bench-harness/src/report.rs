@@ -20,6 +20,7 @@ mod readme;
 mod sizes;
 mod summary;
 mod tables;
+mod tail;
 
 pub use figures::{FigureVerdict, Met};
 pub use folder::write;
@@ -53,7 +54,7 @@ pub enum ReportError {
         #[source]
         source: serde_json::Error,
     },
-    /// A folder of that name is there already, and its second name as well.
+    /// A folder of that name is there already.
     #[error("{} is there already; runs are never overwritten", path.display())]
     Exists {
         /// Which.

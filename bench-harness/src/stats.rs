@@ -21,7 +21,7 @@
 //!    Of its forks only a quantile remains (the median): the tail cannot pull it.
 //! 2. The **unit** is four batches, `ABBA` or `BAAB`. Its difference of logarithms cancels any
 //!    factor that is constant over the unit, and any that moves linearly.
-//! 3. **A coin decides** which of the two a unit is ([`interleave`]). If A and B are the same, the
+//! 3. **A coin decides** which of the two a unit is ([`mod@interleave`]). If A and B are the same, the
 //!    four times would have been what they were whichever way the coin fell; the only thing that
 //!    the labels change is the sign of d. So the 2ᵏ sign patterns of k units are equally likely,
 //!    *whatever the machine did*: drift, jumps, autocorrelation and heavy tails included. This is

@@ -209,6 +209,8 @@ fn figures_say_what_was_missed_and_where() {
     let hot = figure("per page dirty in each round", "hot-1000");
     assert_eq!((hot.met, hot.stage.as_deref()), (Met::Missed, Some("apply")));
     assert!((hot.missed_by.unwrap() - 0.6).abs() < 0.05);
+    let tail = figure("branch p99 (µs)", "quiet");
+    assert_eq!((tail.met, tail.stage.as_deref()), (Met::Missed, Some("outside the stages")));
     assert_eq!(figure("pages left", "busy").met, Met::NotMeasured);
     assert_eq!(figure("deepest", "depth-64").met, Met::Must);
 }

@@ -61,7 +61,10 @@ pub(super) fn run(
     out: &mut dyn Write,
 ) -> Result<ExitCode> {
     let scenarios = catalogue.select(args.set.into(), &args.names)?;
-    // Before the run: what is edited while it runs is not what was measured.
+    // Before the run, as it would be a pity to learn it afterwards.
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("{} cannot be made", args.out.display()))?;
+    // Likewise: what is edited while it runs is not what was measured.
     let revision = Revision::read();
     let session = measure(&scenarios, open_lab)?;
     let (folder, summary) = write(&session, revision, &args.out)?;

@@ -34,11 +34,13 @@ pub fn trend(title: &str, subtitle: &str, labels: (&str, &str), points: &[TrendP
     x.draw(&mut svg, &points, top, labels.0);
     let lines: [fn(&TrendPoint) -> f64; 2] = [|p| p.p50_us, |p| p.p99_us];
     for (index, value) in lines.into_iter().enumerate() {
-        let finite = points.iter().filter(|point| value(point).is_finite());
-        let line: Vec<_> = finite.map(|p| (x.px(p.x), y.px(value(p)))).collect();
-        svg.curve(&line, colour(index), index == 1);
-        for point in &line {
-            svg.dot(*point, colour(index));
+        // A line over a gap would look like a measurement of what failed.
+        for part in points.split(|point| !value(point).is_finite()) {
+            let line: Vec<_> = part.iter().map(|p| (x.px(p.x), y.px(value(p)))).collect();
+            svg.curve(&line, colour(index), index == 1);
+            for point in &line {
+                svg.dot(*point, colour(index));
+            }
         }
     }
     svg.finish()

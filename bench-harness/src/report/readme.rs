@@ -50,7 +50,12 @@ pub(super) fn readme(name: &str, run: &RunSummary, pictures: &[String]) -> Strin
         same run.",
         &tables::others(run),
     );
-    section(&mut text, "Counts and values", "Counts are exact and per fork.", &tables::values(run));
+    section(
+        &mut text,
+        "Counts and values",
+        "Counts of calls and allocations are exact and per fork.",
+        &tables::values(run),
+    );
     notes(&mut text, run);
     text.push_str("## Plots\n\n");
     for picture in pictures {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::figures::{FigureVerdict, verdicts};
 use super::sizes::{SizePoint, drift, sizes};
+use super::tail::tail_stage;
 use super::{HostFacts, ReportError, Revision};
 use crate::record::Summary;
 use crate::scenario::Scenario;
@@ -60,6 +61,8 @@ pub struct ScenarioSummary {
     pub metrics: BTreeMap<String, Summary>,
     /// Names of the stage metrics in the order of the fork path.
     pub stages: Vec<String>,
+    /// The stage that makes the slowest 2 % of the forks slow, or `outside the stages`.
+    pub tail_stage: Option<String>,
     /// `branch_us` by depth or by number of live children, where the scenario has them.
     pub sizes: Vec<SizePoint>,
     /// p50 of `branch_us` in the last eighth of the forks (of the depths, of the children alive)
@@ -90,7 +93,7 @@ impl ScenarioSummary {
         let recorder = &run.recorder;
         let summary = |name: &str| Some((name.to_owned(), recorder.summary(name)?));
         let seen = || recorder.metrics().filter(|name| name.starts_with("stage_"));
-        let stages = if run.stages.is_empty() {
+        let stages: Vec<String> = if run.stages.is_empty() {
             seen().map(str::to_owned).collect()
         } else {
             run.stages.clone()
@@ -104,6 +107,7 @@ impl ScenarioSummary {
             failed: recorder.failed() as u64,
             failures: failures.map(|(why, times)| (why.to_owned(), times)).collect(),
             metrics: recorder.metrics().filter_map(summary).collect(),
+            tail_stage: tail_stage(recorder, &stages),
             stages,
             sizes: sizes(recorder),
             drift_ratio: drift(recorder),

@@ -142,7 +142,7 @@ pub(super) fn values(run: &RunSummary) -> String {
             push("last eighth / first eighth", format!("{ratio:.2}"));
         }
     }
-    table(&["scenario, value", "per fork"], &rows)
+    table(&["scenario, value", ""], &rows)
 }
 
 /// The figures of the specification.
