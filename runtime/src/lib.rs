@@ -1,5 +1,21 @@
 //! fork() for a running KVM virtual machine.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`fork`] | the fork path, and everything that prepares for it: standbys, zygotes, dirty pages |
+//! | [`instance`] | the VMM process around one machine: vCPU threads, control thread |
+//! | [`owner`] | the other side: the process that runs a tree of instances |
+//! | [`kvm`], [`memory`], [`device`], [`boot`] | what a machine is made of |
+//! | [`proto`] | what owner and instance say to each other |
+//!
+//! Dependencies point down: `owner` speaks to `instance` through `proto` alone.
 
+pub mod boot;
+pub mod device;
+pub mod fork;
+pub mod instance;
 pub mod kvm;
 pub mod memory;
+pub mod owner;
+pub mod proto;
 pub mod sys;

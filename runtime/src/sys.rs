@@ -66,13 +66,13 @@ pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
         tv_nsec: timeout.subsec_nanos().into(),
     });
     // Every errno of FUTEX_WAIT (EAGAIN, EINTR, ETIMEDOUT) means "look again".
-    drop(futex::wait(word, futex::Flags::empty(), expected, timeout.as_ref()));
+    futex::wait(word, futex::Flags::empty(), expected, timeout.as_ref()).unwrap_or(());
 }
 
 /// Wakes every waiter of `word`.
 pub fn futex_wake(word: &AtomicU32) {
     // Fails only for an address that is not mapped, which a reference rules out.
-    drop(futex::wake(word, futex::Flags::empty(), i32::MAX.cast_unsigned()));
+    futex::wake(word, futex::Flags::empty(), i32::MAX.cast_unsigned()).unwrap_or(0);
 }
 
 /// Which side of [`fork`] this is.
@@ -319,4 +319,129 @@ pub unsafe fn adopt(fd: RawFd) -> OwnedFd {
 /// Raw numbers of some descriptors, for [`close_all_but`].
 pub fn raw(fds: &[&dyn AsRawFd]) -> Vec<RawFd> {
     fds.iter().map(|fd| fd.as_raw_fd()).collect()
+}
+
+/// CPU time of this process, all threads, in nanoseconds.
+#[must_use]
+pub fn cpu_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
+/// Page faults of this process that needed no I/O, all threads.
+#[must_use]
+pub fn minor_faults() -> u64 {
+    // SAFETY: an all-zero rusage is a valid value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: a valid destination.
+    let result = unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    if result < 0 { 0 } else { u64::try_from(usage.ru_minflt).unwrap_or(0) }
+}
+
+/// Sends the kick signal to the calling thread again and again until it is dropped: a run of the
+/// guest that would not end by itself does.
+#[derive(Debug)]
+pub struct KickTimer {
+    timer: libc::timer_t,
+}
+
+impl KickTimer {
+    /// The first signal comes after `first_us`, the next ones every millisecond: one that arrives
+    /// before the guest is entered is lost.
+    ///
+    /// # Errors
+    ///
+    /// What `timer_create(2)` says.
+    pub fn start(first_us: i64) -> Result<Self, SysError> {
+        // SAFETY: an all-zero sigevent is a valid value.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = kick_signal();
+        event.sigev_notify_thread_id = thread_id();
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: both pointers are valid for the call.
+        let result = unsafe {
+            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
+        };
+        if result < 0 {
+            return Err(SysError::last("timer_create"));
+        }
+        let this = Self { timer };
+        let spec = libc::itimerspec {
+            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 },
+            it_value: libc::timespec { tv_sec: 0, tv_nsec: first_us * 1000 },
+        };
+        // SAFETY: the timer exists and the specification is valid.
+        let result = unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) };
+        if result < 0 { Err(SysError::last("timer_settime")) } else { Ok(this) }
+    }
+}
+
+impl Drop for KickTimer {
+    fn drop(&mut self) {
+        // SAFETY: the timer exists and is deleted once.
+        let result = unsafe { libc::timer_delete(self.timer) };
+        debug_assert_eq!(result, 0);
+    }
+}
+
+/// Reads `bytes` of another process's memory, at the same addresses as in this one, into place.
+///
+/// # Safety
+///
+/// The range is mapped and writable here, and nothing else uses it meanwhile.
+///
+/// # Errors
+///
+/// `ESRCH` if the process is gone, `EPERM` if it may not be read, `EFAULT` if it has less mapped.
+pub unsafe fn copy_from_twin(
+    pid: rustix::process::Pid,
+    ranges: &[(std::ptr::NonNull<u8>, usize)],
+) -> Result<(), SysError> {
+    for part in ranges.chunks(512) {
+        let vectors: Vec<libc::iovec> = part
+            .iter()
+            .map(|(start, bytes)| libc::iovec { iov_base: start.as_ptr().cast(), iov_len: *bytes })
+            .collect();
+        let expected: usize = part.iter().map(|(_, bytes)| bytes).sum();
+        // SAFETY: the local side is writable by this function's contract; the remote side is
+        // checked by the kernel.
+        let read = unsafe {
+            libc::process_vm_readv(
+                pid.as_raw_nonzero().get(),
+                vectors.as_ptr(),
+                vectors.len() as libc::c_ulong,
+                vectors.as_ptr(),
+                vectors.len() as libc::c_ulong,
+                0,
+            )
+        };
+        match usize::try_from(read) {
+            Ok(read) if read == expected => {}
+            Ok(_) => {
+                return Err(SysError {
+                    call: "process_vm_readv",
+                    source: io::ErrorKind::UnexpectedEof.into(),
+                });
+            }
+            Err(_) => return Err(SysError::last("process_vm_readv")),
+        }
+    }
+    Ok(())
+}
+
+/// CPU time of another process, all threads, in nanoseconds; 0 if it is gone.
+#[must_use]
+pub fn cpu_ns_of(pid: rustix::process::Pid) -> u64 {
+    let mut clock = 0;
+    // SAFETY: a valid destination.
+    if unsafe { libc::clock_getcpuclockid(pid.as_raw_nonzero().get(), &raw mut clock) } != 0 {
+        return 0;
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid destination; a process that has gone meanwhile gives EINVAL.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } < 0 {
+        return 0;
+    }
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }

@@ -89,6 +89,12 @@ impl Host {
         })
     }
 
+    /// Number of the descriptor of `/dev/kvm`.
+    #[must_use]
+    pub fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&self.kvm)
+    }
+
     /// Whether dirty pages can be tracked by a ring.
     #[must_use]
     pub fn has_dirty_ring(&self) -> bool {

@@ -48,6 +48,17 @@ pub struct VmState {
     pub tsc_offset: [u64; 2],
 }
 
+impl VmState {
+    /// Whether the interrupt controllers are in the same state.
+    #[must_use]
+    pub fn same_irqchips(&self, other: &Self) -> bool {
+        // SAFETY: `dummy` covers the whole union, and every byte of it is initialised: by the
+        // default value, or by KVM.
+        let bytes = |chip: &kvm_irqchip| unsafe { chip.chip.dummy };
+        self.irqchips.iter().map(bytes).eq(other.irqchips.iter().map(bytes))
+    }
+}
+
 impl Machine {
     /// Makes a machine over `mapping`. The mapping must outlive it.
     ///
@@ -157,6 +168,15 @@ impl Machine {
             self.vm.get_irqchip(chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
         }
         Ok(())
+    }
+
+    /// The guest's kvmclock and the host's clocks at the same moment.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_GET_CLOCK` says.
+    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
+        self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))
     }
 
     /// Sets the interrupt controllers.

@@ -75,6 +75,21 @@ impl VcpuState {
         &self.msrs[..(self.msr_count as usize).min(MAX_MSRS)]
     }
 
+    /// Copies what is in use of `from`.
+    pub fn copy_from(&mut self, from: &Self) {
+        self.regs = from.regs;
+        self.sregs = from.sregs;
+        self.events = from.events;
+        self.lapic = from.lapic;
+        self.xcrs = from.xcrs;
+        self.debug = from.debug;
+        self.mp = from.mp;
+        self.msr_count = from.msr_count;
+        self.msrs[..from.msrs().len()].copy_from_slice(from.msrs());
+        self.xsave_bytes = from.xsave_bytes;
+        self.xsave[..from.xsave().len()].copy_from_slice(from.xsave());
+    }
+
     /// The extended register area in use.
     #[must_use]
     pub fn xsave(&self) -> &[u8] {

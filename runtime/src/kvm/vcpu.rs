@@ -362,9 +362,3 @@ fn tsc_offset_attr(offset: *mut u64) -> kvm_bindings::kvm_device_attr {
         flags: 0,
     }
 }
-
-/// An error for a vCPU that stopped for a reason nobody handles.
-#[must_use]
-pub fn unexpected_exit(what: &'static str) -> KvmError {
-    KvmError::Ioctl { name: what, source: io::ErrorKind::Unsupported.into() }
-}

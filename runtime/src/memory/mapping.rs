@@ -91,7 +91,7 @@ impl Mapping {
     /// # Errors
     ///
     /// What mmap(2) says; the old mapping then still stands.
-    pub fn make_private(&mut self, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
+    pub fn make_private(&self, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
         let replaced =
             Self::map(file, self.bytes as u64, self.kind, MapFlags::PRIVATE, Some(self.address))?;
         // The old value describes the same range, so exactly one of the two may unmap it.
@@ -140,6 +140,26 @@ impl Mapping {
         unsafe { self.address.add(offset) }
     }
 
+    /// Copies page `page` to `to`, whatever the guest does to it meanwhile.
+    ///
+    /// # Safety
+    ///
+    /// `to` is valid for [`PAGE`] bytes of writes and does not overlap the mapping.
+    pub unsafe fn copy_out(&self, page: u32, to: NonNull<u8>) {
+        // SAFETY: the source is in bounds, the destination by this function's contract.
+        unsafe { copy_page(self.page(page), to) };
+    }
+
+    /// Copies a page to page `page`.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for [`PAGE`] bytes of reads and does not overlap the mapping.
+    pub unsafe fn copy_in(&self, page: u32, from: NonNull<u8>) {
+        // SAFETY: the destination is in bounds, the source by this function's contract.
+        unsafe { copy_page(from, self.page(page)) };
+    }
+
     /// Makes page `page` private to this process, contents unchanged.
     pub fn touch(&self, page: u32) {
         let word = self.page(page).as_ptr().cast::<u64>();
@@ -147,6 +167,26 @@ impl Mapping {
         // SAFETY: page-aligned, mapped, and accessed atomically.
         let word = unsafe { std::sync::atomic::AtomicU64::from_ptr(word) };
         word.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// Copies a page. In assembly, because the guest or another process may write to either side
+/// meanwhile: for the compiler's own copy that would be a data race.
+///
+/// # Safety
+///
+/// Both pointers are valid for [`PAGE`] bytes, and the ranges do not overlap.
+unsafe fn copy_page(from: NonNull<u8>, to: NonNull<u8>) {
+    // SAFETY: reads and writes exactly PAGE bytes at pointers that are valid for them; the
+    // direction flag is clear by the ABI.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rsi") from.as_ptr() => _,
+            inout("rdi") to.as_ptr() => _,
+            inout("rcx") PAGE => _,
+            options(nostack, preserves_flags),
+        );
     }
 }
 

@@ -1,0 +1,216 @@
+//! Collecting the pages that changed, and shipping them through the journal.
+//!
+//! ```text
+//!            harvest                  reset                    copy
+//!   logged ----------> open pages ------------> stale pages ---------> journal
+//!                      (writable, not logged    (write-protected,
+//!                       until the reset)         not copied yet)
+//! ```
+//!
+//! - A **sync round** runs beside the guest: it harvests, resets, then copies. A page that is
+//!   written while it is copied is logged again, because the reset came first.
+//! - A **fork** runs with all vCPUs stopped: it harvests and copies everything that is open or
+//!   stale. It does not reset, so its pages stay open and are copied by the next round again.
+#![expect(unsafe_code, reason = "copies guest memory to the journal")]
+
+use std::sync::atomic::Ordering;
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::link::Link;
+use super::step::ForkCause;
+use crate::kvm::{DirtyLog, Machine};
+use crate::memory::{GuestRam, Mapping, PAGE};
+
+/// The dirty pages of an instance, and the writing end of its journal.
+#[derive(Debug)]
+pub struct Capture {
+    log: DirtyLog,
+    open: PageSet,
+    stale: PageSet,
+    head: u32,
+    /// Pages of the last round, to tell which are written again and again.
+    last: Vec<u32>,
+}
+
+/// How far a sync round has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copying {
+    /// All listed pages are in the journal.
+    Done,
+    /// Some are left.
+    More,
+    /// Some are left, and the readers have to catch up first.
+    JournalFull,
+}
+
+/// A set of pages that is listed and cleared by its size, not by the size of memory.
+#[derive(Debug)]
+struct PageSet {
+    list: Vec<u32>,
+    bits: Vec<u64>,
+}
+
+impl PageSet {
+    fn new(pages: usize, room: usize) -> Self {
+        Self { list: Vec::with_capacity(room), bits: vec![0; pages.div_ceil(64)] }
+    }
+
+    fn insert(&mut self, page: u32) {
+        let Some(word) = self.bits.get_mut(page as usize / 64) else { return };
+        let bit = 1 << (page % 64);
+        if *word & bit == 0 {
+            *word |= bit;
+            self.list.push(page);
+        }
+    }
+
+    fn pop(&mut self) -> Option<u32> {
+        let page = self.list.pop()?;
+        self.bits[page as usize / 64] &= !(1 << (page % 64));
+        Some(page)
+    }
+
+    fn clear(&mut self) {
+        for page in self.list.drain(..) {
+            self.bits[page as usize / 64] = 0;
+        }
+    }
+}
+
+impl Capture {
+    /// Dirty pages as told by `log`, of an image of `pages` pages; `open` are known to be dirty
+    /// already.
+    #[must_use]
+    pub fn new(log: DirtyLog, pages: usize, link: &Link, open: &[u32]) -> Self {
+        // Room for everything that fits into the journal: no allocation on the fork path.
+        let mut set = PageSet::new(pages, link.capacity());
+        for page in open {
+            set.insert(*page);
+        }
+        let stale = PageSet::new(pages, link.capacity());
+        Self { log, open: set, stale, head: 0, last: Vec::new() }
+    }
+
+    /// End of the journal.
+    #[must_use]
+    pub fn head(&self) -> u32 {
+        self.head
+    }
+
+    /// Pages that a fork at this moment would have to copy, as far as is known without a harvest.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.open.list.len() + self.stale.list.len()
+    }
+
+    /// Starts the journal again at 0: all readers have passed its head.
+    pub fn rewind(&mut self) {
+        self.head = 0;
+    }
+
+    /// Takes in what was logged since the last time.
+    ///
+    /// # Errors
+    ///
+    /// What [`DirtyLog::harvest`] says.
+    pub fn harvest(&mut self, machine: &Machine, ram: &GuestRam) -> Result<(), ForkCause> {
+        let open = &mut self.open;
+        self.log.harvest(machine.vm(), |page| open.insert(page))?;
+        let mut first = 0;
+        for region in ram.iter() {
+            std::ops::Deref::deref(region).bitmap().drain(|page| {
+                open.insert(u32::try_from(first + page).unwrap_or(u32::MAX));
+            });
+            first += usize::try_from(region.len()).unwrap_or(0) / PAGE;
+        }
+        Ok(())
+    }
+
+    /// Copies every open and stale page to the journal. All vCPUs are stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`ForkCause::JournalFull`].
+    pub fn all(
+        &mut self,
+        machine: &Machine,
+        ram: &GuestRam,
+        mapping: &Mapping,
+        link: &Link,
+    ) -> Result<u32, ForkCause> {
+        self.harvest(machine, ram)?;
+        self.room(link, self.pending())?;
+        let from = self.head;
+        while let Some(page) = self.stale.pop() {
+            self.append(link, mapping, page);
+        }
+        for index in 0..self.open.list.len() {
+            self.append(link, mapping, self.open.list[index]);
+        }
+        Ok(self.head - from)
+    }
+
+    /// First half of a sync round: write-protects all open pages and lists them for copying.
+    /// Returns their number.
+    ///
+    /// # Errors
+    ///
+    /// What the dirty log says.
+    pub fn begin_round(&mut self, machine: &Machine, ram: &GuestRam) -> Result<usize, ForkCause> {
+        self.harvest(machine, ram)?;
+        let pages = self.open.list.len();
+        if pages > 0 {
+            self.log.reset(machine.vm())?;
+            self.last.clear();
+            self.last.extend_from_slice(&self.open.list);
+            for page in &self.open.list {
+                self.stale.insert(*page);
+            }
+            self.open.clear();
+        }
+        Ok(pages)
+    }
+
+    /// Second half: copies up to `most` of the listed pages.
+    pub fn copy_some(&mut self, mapping: &Mapping, link: &Link, most: usize) -> Copying {
+        for _ in 0..most.min(self.stale.list.len()) {
+            if self.room_left(link) == 0 {
+                return Copying::JournalFull;
+            }
+            if let Some(page) = self.stale.pop() {
+                self.append(link, mapping, page);
+            }
+        }
+        if self.stale.list.is_empty() { Copying::Done } else { Copying::More }
+    }
+
+    /// Whether all that is known to be dirty fits into the journal.
+    #[must_use]
+    pub fn fits(&self, link: &Link) -> bool {
+        self.pending() <= self.room_left(link)
+    }
+
+    fn room_left(&self, link: &Link) -> usize {
+        link.capacity() - self.head as usize
+    }
+
+    /// Pages of the last sync round.
+    #[must_use]
+    pub fn last_round(&self) -> &[u32] {
+        &self.last
+    }
+
+    fn room(&self, link: &Link, needed: usize) -> Result<(), ForkCause> {
+        let room = self.room_left(link);
+        if needed > room { Err(ForkCause::JournalFull { needed, room }) } else { Ok(()) }
+    }
+
+    fn append(&mut self, link: &Link, mapping: &Mapping, page: u32) {
+        let entry = self.head as usize;
+        link.number(entry).store(page, Ordering::Relaxed);
+        // SAFETY: a page of the journal, which lies in another mapping.
+        unsafe { mapping.copy_out(page, link.contents(entry)) };
+        self.head += 1;
+    }
+}

@@ -1,0 +1,444 @@
+//! What an instance needs to fork: its dirty pages, its standbys, and the forks under way.
+//!
+//! The engine is shared by the vCPU threads, which fork, and the control thread, which keeps
+//! standbys ready ([`super::keeper`]); the latter holds it only for short steps.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use super::capture::Capture;
+use super::link::{Base, ForkBlock, Identity, Link, decision, word};
+use super::path;
+use super::report::{ChildReport, ForkReport};
+use super::standby;
+use super::step::{ForkCause, ForkError, Moment, Step};
+use crate::instance::Instance;
+use crate::kvm::DirtyLog;
+use crate::sys;
+
+/// A standby, as its parent knows it.
+#[derive(Debug)]
+pub(super) struct Handle {
+    pub(super) slot: usize,
+    /// Closed when the child is live; its end of file tells either side that the other is gone.
+    pub(super) line: OwnedFd,
+    pub(super) identity: Identity,
+}
+
+/// A fork whose children are not all accounted for.
+#[derive(Debug)]
+struct Flight {
+    handles: Vec<Handle>,
+    doorbell_ns: u64,
+    /// Children that are live already.
+    live: Vec<ChildReport>,
+    report: ForkReport,
+    /// Whether all children agreed.
+    decided: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Engine {
+    /// The dirty log until capturing begins.
+    log: Option<DirtyLog>,
+    /// In a child: pages that its zygote does not have.
+    seed: Option<Vec<u32>>,
+    pub(super) capture: Option<Capture>,
+    pub(super) ready: Vec<Handle>,
+    flights: Vec<Flight>,
+    /// State that the next standby is made with.
+    pub(super) base: Base,
+    /// Standbys that a waiting fork needs.
+    pub(super) wanted: usize,
+    /// More is dirty than fits into the journal: a fork waits for a sync round.
+    pub(super) wants_round: bool,
+    /// Standbys that could not be made so far, and why the last could not.
+    prewarm_failures: (u32, Option<(Step, i32)>),
+    /// Why the last fork failed, if it did.
+    last_failure: Option<(Step, i32)>,
+    pub(super) forks: u32,
+    pub(super) failed: u64,
+}
+
+impl Engine {
+    /// An engine for an instance whose writes are logged in `log`.
+    #[must_use]
+    pub fn new(log: DirtyLog, base: Base) -> Self {
+        Self {
+            log: Some(log),
+            seed: None,
+            capture: None,
+            ready: Vec::new(),
+            flights: Vec::new(),
+            base,
+            wanted: 0,
+            wants_round: false,
+            prewarm_failures: (0, None),
+            last_failure: None,
+            forks: 0,
+            failed: 0,
+        }
+    }
+
+    /// Pages that rehearsals wrote.
+    pub(super) fn rehearsed(&mut self, instance: &Instance) -> Result<Vec<u32>, ForkCause> {
+        let mut pages = Vec::new();
+        if let Some(log) = &mut self.log {
+            log.harvest(instance.machine().vm(), |page| pages.push(page))?;
+        }
+        pages.sort_unstable();
+        pages.dedup();
+        Ok(pages)
+    }
+
+    /// In a child that has come to life: `pages` may differ from what its zygote has.
+    pub(super) fn born(&mut self, pages: Vec<u32>) {
+        self.seed = Some(pages);
+    }
+
+    /// In the root, with all vCPUs stopped and the image sealed: capturing starts from nothing.
+    ///
+    /// # Errors
+    ///
+    /// What the dirty log says.
+    pub fn arm(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        for (index, to) in self.base.vcpus.iter_mut().enumerate() {
+            instance.gate().with_saved(index, |saved| to.copy_from(saved));
+        }
+        instance.machine().save_irqchips(&mut self.base.vm)?;
+        self.seed = Some(Vec::new());
+        self.start_capture(instance);
+        Ok(())
+    }
+
+    /// Starts capturing: in the root when it is armed, in a child when it is born.
+    pub(super) fn start_capture(&mut self, instance: &Instance) -> bool {
+        if self.capture.is_none()
+            && let Some(seed) = self.seed.take()
+            && let Some(log) = self.log.take()
+        {
+            let pages = instance.mapping().bytes() / crate::memory::PAGE;
+            self.capture = Some(Capture::new(log, pages, instance.link(), &seed));
+        }
+        self.capture.is_some()
+    }
+
+    /// Takes standbys for a fork of `children`; `false` if there are too few.
+    ///
+    /// # Errors
+    ///
+    /// If the fork before this one failed to come to an end.
+    pub fn take(
+        &mut self,
+        instance: &Instance,
+        children: usize,
+        from_guest: bool,
+        doorbell_ns: u64,
+    ) -> Result<bool, ForkError> {
+        let link = instance.link();
+        self.conclude(link);
+        link.header().fault.check(Step::Take)?;
+        let fits = match &mut self.capture {
+            Some(capture) => {
+                capture
+                    .harvest(instance.machine(), instance.ram())
+                    .map_err(ForkError::at(Step::Take))?;
+                capture.fits(link)
+            }
+            None => false,
+        };
+        self.wants_round = self.capture.is_some() && !fits;
+        if !fits || self.ready.len() < children {
+            self.wanted = children;
+            return Ok(false);
+        }
+        self.wanted = 0;
+        let handles = self.ready.split_off(self.ready.len() - children);
+        let report = ForkReport {
+            number: self.forks + 1,
+            from_guest,
+            requested: u32::try_from(children).unwrap_or(u32::MAX),
+            ..ForkReport::default()
+        };
+        let live = Vec::with_capacity(children);
+        self.flights.push(Flight { handles, doorbell_ns, live, report, decided: false });
+        Ok(true)
+    }
+
+    /// Sets up the fork block for the standbys that were taken.
+    pub(super) fn begin<'a>(
+        &mut self,
+        link: &'a Link,
+        vcpu: Option<u32>,
+        doorbell_ns: u64,
+    ) -> &'a ForkBlock {
+        self.forks += 1;
+        self.last_failure = None;
+        let block = link.fork();
+        let children = self.flights.last().map_or(&[][..], |flight| &flight.handles);
+        block.children.store(u32::try_from(children.len()).unwrap_or(0), Ordering::Relaxed);
+        block.vcpu.store(vcpu.unwrap_or(0), Ordering::Relaxed);
+        block.ready.store(0, Ordering::Relaxed);
+        block.decision.store(decision::OPEN, Ordering::Relaxed);
+        block.number.store(self.forks, Ordering::Relaxed);
+        block.stamps.clear();
+        block.stamps.put(Moment::Doorbell, doorbell_ns);
+        for (index, handle) in (1_u32..).zip(children) {
+            let slot = link.slot(handle.slot);
+            slot.fork.store(self.forks, Ordering::Relaxed);
+            slot.index.store(index, Ordering::Relaxed);
+            slot.stamps.clear();
+        }
+        block
+    }
+
+    pub(super) fn flight_slots(&self) -> impl Iterator<Item = usize> + '_ {
+        self.flights.last().into_iter().flat_map(|flight| flight.handles.iter().map(|it| it.slot))
+    }
+
+    /// Captures every dirty page and publishes the journal's end.
+    pub(super) fn capture_pages(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        let link = instance.link();
+        let capture = self.capture.as_mut().ok_or(ForkCause::Died)?;
+        let pages = capture.all(instance.machine(), instance.ram(), instance.mapping(), link)?;
+        link.fork().head.store(capture.head(), Ordering::Release);
+        if let Some(flight) = self.flights.last_mut() {
+            flight.report.captured_pages = pages;
+        }
+        Ok(())
+    }
+
+    /// Identities of the children of the last fork.
+    #[must_use]
+    pub fn children(&self) -> Vec<Identity> {
+        self.flights
+            .last()
+            .map(|flight| flight.handles.iter().map(|handle| handle.identity).collect())
+            .unwrap_or_default()
+    }
+
+    /// Whether a process of the fork under way is gone.
+    pub(super) fn flight_died(&self, link: &Link) -> bool {
+        self.flights.last().is_some_and(|flight| {
+            flight.handles.iter().any(|handle| {
+                link.slot(handle.slot).word.load(Ordering::Acquire) == word::FAILED
+                    || hung_up(&handle.line)
+            })
+        })
+    }
+
+    /// Gives the fork under way up because of `error`.
+    pub fn abort(&mut self, link: &Link, error: &ForkError) {
+        standby::fail(link, error.step, error.cause.errno());
+        self.conclude(link);
+    }
+
+    /// If a fork is under way, waits for its outcome and keeps what the next one overwrites.
+    pub fn conclude(&mut self, link: &Link) {
+        if self.flights.last().is_none_or(|flight| flight.decided) {
+            return;
+        }
+        let outcome = self.outcome(link);
+        let block = link.fork();
+        if outcome.is_ok() {
+            let state = link.read_fork();
+            self.base.vm.irqchips = state.vm.irqchips;
+            for (to, from) in self.base.vcpus.iter_mut().zip(&state.vcpus) {
+                to.copy_from(from);
+            }
+        }
+        if let Some(flight) = self.flights.last_mut() {
+            flight.decided = true;
+            flight.report.parent = ForkReport::parent_moments(block);
+            flight.report.failed = outcome.err().map(|error| (error.step, error.cause.errno()));
+            self.last_failure = flight.report.failed;
+        }
+    }
+
+    /// Why the last fork failed, if it did.
+    #[must_use]
+    pub fn last_failure(&self) -> Option<(Step, i32)> {
+        self.last_failure
+    }
+
+    /// How often a standby could not be made.
+    #[must_use]
+    pub fn prewarm_failures(&self) -> u32 {
+        self.prewarm_failures.0
+    }
+
+    /// Why the last could not, if that was after the count was `before`.
+    #[must_use]
+    pub fn prewarm_failure_after(&self, before: u32) -> Option<ForkError> {
+        let (count, last) = self.prewarm_failures;
+        let (step, errno) = last?;
+        (count != before).then_some(ForkError { step, cause: ForkCause::Child { errno } })
+    }
+
+    /// Tells a waiting fork that a standby could not be made.
+    pub fn note_prewarm_failure(&mut self, error: &ForkError) {
+        let (count, last) = &mut self.prewarm_failures;
+        *count = count.wrapping_add(1);
+        *last = Some((error.step, error.cause.errno()));
+    }
+
+    /// Takes the log's contents when its ring is full, so that the guest can go on.
+    ///
+    /// # Errors
+    ///
+    /// What the log says.
+    pub fn drain(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        self.start_capture(instance);
+        match &mut self.capture {
+            Some(capture) => capture.begin_round(instance.machine(), instance.ram()).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    /// Wakes the standbys that the next fork will take, to spin until `until_ns`.
+    pub fn announce(&self, link: &Link, until_ns: u64) {
+        if let Some(handle) = self.ready.last() {
+            let slot = link.slot(handle.slot);
+            slot.spin_until_ns.store(until_ns, Ordering::Relaxed);
+            let woken = slot.word.compare_exchange(
+                word::PARKED,
+                word::ANNOUNCED,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            if woken.is_ok() {
+                sys::futex_wake(&slot.word);
+            }
+        }
+    }
+
+    /// Whether a fork waits for standbys.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.wanted > 0 || self.wants_round
+    }
+
+    /// The fork that waited has given up.
+    pub fn forget_waiting(&mut self) {
+        self.wanted = 0;
+        self.wants_round = false;
+    }
+
+    /// Standbys that are ready.
+    #[must_use]
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Forks made and forks failed.
+    #[must_use]
+    pub fn counts(&self) -> (u32, u64) {
+        (self.forks, self.failed)
+    }
+
+    /// Pages that a fork at this moment would copy, as far as is known.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.capture.as_ref().map_or(0, Capture::pending)
+    }
+
+    /// Whether a child of the fork under way may still read the journal.
+    pub(super) fn undecided(&self) -> bool {
+        self.flights.iter().any(|flight| !flight.decided)
+    }
+
+    /// Takes note of children that have come to life or died, and returns the forks that are over.
+    pub(super) fn collect(&mut self, link: &Link) -> Vec<ForkReport> {
+        if self.flights.is_empty() {
+            return Vec::new();
+        }
+        if link.fork().decision.load(Ordering::Acquire) != decision::OPEN {
+            self.conclude(link);
+        } else if self.flight_died(link) {
+            standby::fail(link, Step::Commit, libc::ECHILD);
+            self.conclude(link);
+        }
+        for flight in &mut self.flights {
+            flight.collect(link);
+        }
+        let over = |flight: &mut Flight| flight.decided && flight.handles.is_empty();
+        let reports: Vec<_> = self
+            .flights
+            .extract_if(.., over)
+            .map(|mut flight| {
+                flight.live.sort_unstable_by_key(|child| child.index);
+                flight.report.children = flight.live;
+                flight.report
+            })
+            .collect();
+        self.failed += reports.iter().filter(|report| report.failed.is_some()).count() as u64;
+        reports
+    }
+
+    /// Whether forks are under way, and if so, whether their children take long to leave the guest.
+    pub(super) fn in_flight(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    /// Makes children that have not left the guest by themselves for some time leave it once.
+    pub(super) fn nudge(&self, after_ns: u64) {
+        for flight in &self.flights {
+            if flight.decided && sys::now_ns() - flight.doorbell_ns > after_ns {
+                for handle in &flight.handles {
+                    // A child that is gone is found by its hung up line.
+                    sys::send(&handle.line, b"kick", &[]).unwrap_or(());
+                }
+            }
+        }
+    }
+}
+
+impl Flight {
+    fn collect(&mut self, link: &Link) {
+        if !self.decided {
+            return;
+        }
+        let failed = self.report.failed.is_some();
+        let doorbell_ns = self.doorbell_ns;
+        let live = &mut self.live;
+        self.handles.retain(|handle| {
+            let slot = link.slot(handle.slot);
+            if !failed && slot.word.load(Ordering::Acquire) == word::LIVE {
+                let uuid = Uuid::from_bytes(handle.identity.uuid);
+                live.push(ChildReport::new(slot, uuid, doorbell_ns));
+            } else {
+                if failed {
+                    dismiss(&handle.line);
+                }
+                // The slot is its process's until that is gone.
+                if !hung_up(&handle.line) {
+                    return true;
+                }
+            }
+            slot.word.store(word::EMPTY, Ordering::Release);
+            false
+        });
+    }
+}
+
+/// Whether the process at the other end is gone.
+pub(super) fn hung_up(line: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(line, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+/// Tells a standby to end: its control thread reads the end of file.
+pub(super) fn dismiss(line: &OwnedFd) {
+    rustix::net::shutdown(line, rustix::net::Shutdown::Write).unwrap_or(());
+}
+
+/// The error of a standby that could not be made.
+pub(super) fn slot_failure(slot: &super::link::Slot) -> ForkError {
+    path::failure(slot.failure.load(Ordering::Acquire))
+        .unwrap_or(ForkError { step: Step::Prewarm, cause: ForkCause::Died })
+}

@@ -1,0 +1,411 @@
+//! Keeping standbys ready: the part of the engine that runs on the control thread, off the fork
+//! path.
+//!
+//! ```text
+//!   fork made --> collect children --> sync zygote --> spawn standby --> ready
+//!                                         ^                                |
+//!                       sync round: pages dirtied since, every few ms <----+
+//! ```
+
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::capture::Copying;
+use super::engine::{Engine, Handle, dismiss, hung_up, slot_failure};
+use super::link::{Identity, Link, SLOTS, word};
+use super::report::ForkReport;
+use super::step::{ForkCause, ForkError, Step};
+use super::zygote::Zygote;
+use crate::instance::Instance;
+use crate::sys::{self, now_ns};
+
+/// Pages copied while the engine is held: about 30 µs, which is how long a fork can be kept waiting.
+const CHUNK: usize = 64;
+/// Dirty pages that a sync round aims at leaving to a fork.
+const AIM: u64 = 16;
+/// Shortest and longest time between two sync rounds.
+const ROUND_MIN: Duration = Duration::from_millis(2);
+const ROUND_MAX: Duration = Duration::from_millis(500);
+/// A child that has not left the guest after this time is made to.
+const NUDGE_NS: u64 = 3_000_000;
+/// Pause after a standby could not be made, unless a fork waits for one.
+const RETRY: Duration = Duration::from_millis(200);
+/// How long the readers of a full journal may take.
+const CATCH_UP_MS: u64 = 10_000;
+/// Standbys that are made at the same time.
+const PARALLEL: usize = 2;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Keeper {
+    zygote: Zygote,
+    preparing: Vec<Handle>,
+    /// Dismissed standbys whose processes are not gone yet.
+    leaving: Vec<Handle>,
+    next_round_ns: u64,
+    round: Duration,
+    retry_at_ns: u64,
+    sync: bool,
+    target: usize,
+    /// Counters for [`crate::proto::Stats`].
+    pub rounds: u64,
+    /// Pages shipped by sync rounds.
+    pub synced_pages: u64,
+    /// Time that the last standby took, in nanoseconds.
+    pub prewarm_ns: u64,
+    previous_round: Vec<u32>,
+    /// Forks that came to their end while something else was waited for.
+    unreported: Vec<ForkReport>,
+}
+
+/// What came of one look at things.
+#[derive(Debug, Default)]
+pub struct Tick {
+    /// Forks that are over.
+    pub forks: Vec<ForkReport>,
+    /// Standbys that could not be made.
+    pub failures: Vec<ForkError>,
+    /// When to look again at the latest; `None`: only when the bell rings.
+    pub wait: Option<Duration>,
+}
+
+impl Keeper {
+    /// A keeper that wants `target` standbys.
+    #[must_use]
+    pub fn new(zygote: Zygote, target: u32, sync: bool) -> Self {
+        Self {
+            zygote,
+            preparing: Vec::new(),
+            leaving: Vec::new(),
+            next_round_ns: 0,
+            round: ROUND_MIN,
+            retry_at_ns: 0,
+            sync,
+            target: target as usize,
+            rounds: 0,
+            synced_pages: 0,
+            prewarm_ns: 0,
+            previous_round: Vec::new(),
+            unreported: Vec::new(),
+        }
+    }
+
+    /// The zygote.
+    #[must_use]
+    pub fn zygote(&mut self) -> &mut Zygote {
+        &mut self.zygote
+    }
+
+    /// Standbys being made.
+    #[must_use]
+    pub fn preparing(&self) -> usize {
+        self.preparing.len()
+    }
+
+    /// Wants `target` standbys from now on.
+    pub fn set_target(&mut self, target: u32) {
+        self.target = target as usize;
+    }
+
+    /// Switches sync rounds.
+    pub fn set_sync(&mut self, on: bool) {
+        self.sync = on;
+    }
+
+    /// Looks at everything once.
+    pub fn tick(&mut self, instance: &Instance) -> Tick {
+        let mut tick = Tick::default();
+        let link = instance.link();
+        let mut engine = instance.engine();
+        tick.forks = engine.collect(link);
+        let armed = engine.start_capture(instance);
+        engine.nudge(NUDGE_NS);
+        self.receive(link, &mut engine, &mut tick);
+        let lacking = self.lacking(&engine);
+        drop(engine);
+        if armed && let Err(error) = self.keep(instance, lacking) {
+            tick.failures.push(error);
+        }
+        tick.forks.append(&mut self.unreported);
+        if !tick.failures.is_empty() {
+            self.retry_at_ns = now_ns() + u64::try_from(RETRY.as_nanos()).unwrap_or(0);
+            let mut engine = instance.engine();
+            for error in &tick.failures {
+                engine.note_prewarm_failure(error);
+            }
+        }
+        tick.wait = self.next_look(instance);
+        tick
+    }
+
+    /// How many standbys are to be made now.
+    fn lacking(&self, engine: &Engine) -> usize {
+        // A waiting fork does not wait for the end of the pause after a failure: it is told.
+        if now_ns() < self.retry_at_ns && engine.wanted == 0 {
+            return 0;
+        }
+        let target = self.target.max(engine.wanted).min(SLOTS - PARALLEL);
+        target
+            .saturating_sub(engine.ready.len() + self.preparing.len())
+            .min(PARALLEL.saturating_sub(self.preparing.len()))
+    }
+
+    /// Takes over standbys that are ready or could not be made, and drops those that died.
+    fn receive(&mut self, link: &Link, engine: &mut Engine, tick: &mut Tick) {
+        let ready = &mut engine.ready;
+        for handle in std::mem::take(&mut self.preparing) {
+            let slot = link.slot(handle.slot);
+            match slot.word.load(Ordering::Acquire) {
+                word::PARKED | word::SYNC => {
+                    self.prewarm_ns = slot.prewarm_ns.load(Ordering::Relaxed);
+                    ready.push(handle);
+                }
+                _ if hung_up(&handle.line) => {
+                    tick.failures.push(slot_failure(slot));
+                    slot.word.store(word::EMPTY, Ordering::Release);
+                }
+                _ => self.preparing.push(handle),
+            }
+        }
+        ready.retain(|handle| {
+            let dead = hung_up(&handle.line);
+            if dead {
+                link.slot(handle.slot).word.store(word::EMPTY, Ordering::Release);
+            }
+            !dead
+        });
+        let excess = ready.len().saturating_sub(self.target.max(engine.wanted));
+        for handle in ready.drain(..excess) {
+            dismiss(&handle.line);
+            self.leaving.push(handle);
+        }
+        // A slot is its process's until that is gone.
+        self.leaving.retain(|handle| {
+            let gone = hung_up(&handle.line);
+            if gone {
+                link.slot(handle.slot).word.store(word::EMPTY, Ordering::Release);
+            }
+            !gone
+        });
+    }
+
+    fn keep(&mut self, instance: &Instance, lacking: usize) -> Result<(), ForkError> {
+        let due = self.sync && now_ns() >= self.next_round_ns;
+        let (standbys, wanted) = {
+            let engine = instance.engine();
+            (!engine.ready.is_empty(), engine.wants_round)
+        };
+        if lacking > 0 || wanted || due && standbys {
+            self.round(instance).map_err(ForkError::at(Step::Prewarm))?;
+        }
+        for _ in 0..lacking {
+            self.spawn(instance).map_err(ForkError::at(Step::Prewarm))?;
+        }
+        Ok(())
+    }
+
+    /// One sync round: everything that is dirty now goes to the zygote and the standbys.
+    ///
+    /// # Errors
+    ///
+    /// What the dirty log or the zygote says.
+    pub fn round(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        let link = instance.link();
+        let mut engine = instance.engine();
+        let Some(capture) = &mut engine.capture else { return Ok(()) };
+        let pages = capture.begin_round(instance.machine(), instance.ram())?;
+        self.learn(link, capture.last_round(), pages);
+        let head = loop {
+            let Some(capture) = &mut engine.capture else { return Ok(()) };
+            let copying = capture.copy_some(instance.mapping(), link, CHUNK);
+            let head = capture.head();
+            if copying == Copying::Done {
+                break head;
+            }
+            drop(engine);
+            if copying == Copying::JournalFull {
+                self.catch_up(instance, head)?;
+            }
+            engine = instance.engine();
+        };
+        engine.wants_round = false;
+        drop(engine);
+        self.rounds += 1;
+        self.synced_pages += pages as u64;
+        self.pace(pages as u64);
+        link.header().journal_used.fetch_max(head, Ordering::Relaxed);
+        self.zygote.sync(head)?;
+        let mut engine = instance.engine();
+        Self::sync_standbys(link, &engine, head);
+        self.rewind(link, &mut engine);
+        Ok(())
+    }
+
+    /// Waits until every reader has passed `head` and the journal has started again at 0.
+    fn catch_up(&mut self, instance: &Instance, head: u32) -> Result<(), ForkCause> {
+        let link = instance.link();
+        self.zygote.sync(head)?;
+        let begin = now_ns();
+        loop {
+            let mut engine = instance.engine();
+            let mut tick = Tick::default();
+            tick.forks = engine.collect(link);
+            self.unreported.append(&mut tick.forks);
+            self.receive(link, &mut engine, &mut tick);
+            Self::sync_standbys(link, &engine, head);
+            self.rewind(link, &mut engine);
+            let rewound = engine.capture.as_ref().is_none_or(|capture| capture.head() == 0);
+            drop(engine);
+            if rewound {
+                return Ok(());
+            }
+            let waited_ms = (now_ns() - begin) / 1_000_000;
+            if waited_ms > CATCH_UP_MS {
+                return Err(ForkCause::Timeout { waited_ms });
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Chooses when the next round is due: often enough that few pages are left to a fork, seldom
+    /// when little happens.
+    fn pace(&mut self, pages: u64) {
+        let elapsed = self.round.as_nanos();
+        let aim = elapsed * u128::from(AIM) / u128::from(pages.max(1));
+        let aim = Duration::from_nanos(u64::try_from(aim).unwrap_or(u64::MAX));
+        self.round = aim.clamp(self.round / 4, self.round * 2).clamp(ROUND_MIN, ROUND_MAX);
+        self.next_round_ns = now_ns() + u64::try_from(self.round.as_nanos()).unwrap_or(0);
+    }
+
+    /// Pages that were dirty in this round and the one before are hot: the next standby makes them
+    /// private ahead.
+    fn learn(&mut self, link: &Link, last: &[u32], pages: usize) {
+        if pages == 0 {
+            return;
+        }
+        let mut now = last.to_vec();
+        now.sort_unstable();
+        let before = &self.previous_round;
+        link.set_hot_pages(now.iter().copied().filter(|page| before.binary_search(page).is_ok()));
+        self.previous_round = now;
+    }
+
+    fn sync_standbys(link: &Link, engine: &Engine, head: u32) {
+        link.header().head.store(head, Ordering::Release);
+        for handle in &engine.ready {
+            let slot = link.slot(handle.slot);
+            if slot.tail.load(Ordering::Acquire) < head {
+                let woken = slot.word.compare_exchange(
+                    word::PARKED,
+                    word::SYNC,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
+                if woken.is_ok() {
+                    sys::futex_wake(&slot.word);
+                }
+            }
+        }
+    }
+
+    /// Lets the journal start again at 0 if nobody has anything left to read in it.
+    fn rewind(&mut self, link: &Link, engine: &mut Engine) {
+        let idle = !engine.undecided() && self.preparing.is_empty();
+        let Some(capture) = &mut engine.capture else { return };
+        let head = capture.head();
+        let passed = |handle: &Handle| {
+            let slot = link.slot(handle.slot);
+            slot.word.load(Ordering::Acquire) == word::PARKED
+                && slot.tail.load(Ordering::Acquire) == head
+        };
+        if head > 0 && idle && self.zygote.tail() == head && engine.ready.iter().all(passed) {
+            for handle in &engine.ready {
+                link.slot(handle.slot).tail.store(0, Ordering::Release);
+            }
+            link.header().head.store(0, Ordering::Release);
+            capture.rewind();
+            self.zygote.rewind();
+        }
+    }
+
+    /// Has the zygote fork a standby.
+    fn spawn(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        let link = instance.link();
+        let slot = (0..SLOTS)
+            .find(|slot| link.slot(*slot).word.load(Ordering::Acquire) == word::EMPTY)
+            .ok_or(ForkCause::Children { requested: 0, most: 0 })?;
+        let identity = Identity::new()?;
+        let base = {
+            let mut engine = instance.engine();
+            engine.base.vm.clock = instance.machine().clock()?;
+            engine.base.clone()
+        };
+        link.write_slot(slot, &identity, &base);
+        let (ours, theirs) = sys::socket_pair()?;
+        let shared = link.slot(slot);
+        shared.tail.store(self.zygote.tail(), Ordering::Relaxed);
+        shared.failure.store(0, Ordering::Relaxed);
+        shared.word.store(word::PREPARING, Ordering::Release);
+        let parent = Uuid::from_bytes(instance.identity().uuid);
+        let number = u32::try_from(slot).unwrap_or(u32::MAX);
+        match self.zygote.spawn(number, parent, theirs.as_fd()) {
+            Ok(_) => {
+                self.preparing.push(Handle { slot, line: ours, identity });
+                Ok(())
+            }
+            Err(cause) => {
+                shared.word.store(word::EMPTY, Ordering::Release);
+                Err(cause)
+            }
+        }
+    }
+
+    fn next_look(&self, instance: &Instance) -> Option<Duration> {
+        let engine = instance.engine();
+        if engine.in_flight() || !self.leaving.is_empty() {
+            return Some(Duration::from_millis(1));
+        }
+        let now = now_ns();
+        let until = |at: u64| Duration::from_nanos(at.saturating_sub(now));
+        let mut wait = None;
+        if self.sync && !engine.ready.is_empty() {
+            wait = Some(until(self.next_round_ns));
+        }
+        if engine.capture.is_some() && engine.ready.len() + self.preparing.len() < self.target {
+            let retry = until(self.retry_at_ns);
+            wait = Some(wait.map_or(retry, |wait| wait.min(retry)));
+        }
+        wait
+    }
+}
+
+impl Identity {
+    /// A new one.
+    ///
+    /// # Errors
+    ///
+    /// `ENOSYS` if the kernel gives no random bytes: then nobody is made unique, and no fork
+    /// succeeds.
+    pub fn new() -> Result<Self, ForkCause> {
+        let mut bytes = [0_u8; 56];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+                .map_err(sys::SysError::new("getrandom"))?;
+        }
+        let mut identity = Self::default();
+        let (uuid, rest) = bytes.split_at(16);
+        let (generation, entropy) = rest.split_at(8);
+        let mut builder = [0_u8; 16];
+        builder.copy_from_slice(uuid);
+        identity.uuid = *uuid::Builder::from_random_bytes(builder).into_uuid().as_bytes();
+        for byte in generation {
+            identity.generation = identity.generation << 8 | u64::from(*byte);
+        }
+        identity.entropy.copy_from_slice(entropy);
+        Ok(identity)
+    }
+}

@@ -1,0 +1,145 @@
+//! The fork path: what happens between the doorbell and the parent's return to the guest.
+//!
+//! It does not log, format, allocate by guest size or read the environment. Each step is stamped.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::engine::Engine;
+use super::link::{ForkBlock, Link, decision, word};
+use super::standby;
+use super::step::{ForkCause, ForkError, Moment, Step};
+use crate::instance::Instance;
+use crate::kvm::{KvmError, Vcpu};
+use crate::sys::{futex_wait, futex_wake, now_ns};
+
+/// How long the other vCPUs may take to leave the guest.
+const QUIESCE: Duration = Duration::from_secs(1);
+/// How long the parent waits for its children's consent.
+const OUTCOME_NS: u64 = 12_000_000_000;
+/// How long it spins for it first: a quiet fork is over by then.
+const OUTCOME_SPIN_NS: u64 = 150_000;
+
+impl Engine {
+    /// Forks. The caller has taken enough standbys ([`Engine::take`]) and is the vCPU that rang the
+    /// doorbell, or, without `vcpu`, a thread of the host's side.
+    ///
+    /// When this returns, all vCPUs of the parent may run; the children are on their way. Whether
+    /// they made it says [`Engine::outcome`].
+    ///
+    /// # Errors
+    ///
+    /// The step that failed. The standbys are gone then, the parent is as before.
+    pub fn fork(
+        &mut self,
+        instance: &Instance,
+        mut vcpu: Option<&mut Vcpu>,
+        doorbell_ns: u64,
+    ) -> Result<(), ForkError> {
+        let link = instance.link();
+        let block = self.begin(link, vcpu.as_ref().map(|vcpu| vcpu.index()), doorbell_ns);
+        let fault = &link.header().fault;
+
+        fault.check(Step::Wake)?;
+        self.wake(link);
+        block.stamps.stamp(Moment::Woken);
+
+        fault.check(Step::Quiesce)?;
+        let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
+        let stopped = instance.gate().stop(own, QUIESCE).ok_or_else(|| {
+            let waited_ms = u64::try_from(QUIESCE.as_millis()).unwrap_or(u64::MAX);
+            ForkError { step: Step::Quiesce, cause: ForkCause::Timeout { waited_ms } }
+        })?;
+        block.stamps.stamp(Moment::Quiesced);
+
+        fault.check(Step::Settle)?;
+        if let Some(vcpu) = &mut vcpu {
+            vcpu.settle().map_err(ForkError::at(Step::Settle))?;
+        }
+        block.stamps.stamp(Moment::Settled);
+
+        fault.check(Step::CapturePages)?;
+        self.capture_pages(instance).map_err(ForkError::at(Step::CapturePages))?;
+        publish(block, &block.pages_ready);
+        block.stamps.stamp(Moment::Pages);
+
+        fault.check(Step::CaptureState)?;
+        capture_state(instance, vcpu).map_err(ForkError::at(Step::CaptureState))?;
+        publish(block, &block.state_ready);
+        block.stamps.stamp(Moment::Released);
+
+        drop(stopped);
+        Ok(())
+    }
+
+    /// Wakes the standbys of this fork.
+    fn wake(&self, link: &Link) {
+        for slot in self.flight_slots() {
+            let slot = link.slot(slot);
+            // A standby that spins sees the word; one that sleeps needs the call.
+            if slot.word.swap(word::GO, Ordering::AcqRel) != word::ANNOUNCED {
+                futex_wake(&slot.word);
+            }
+        }
+    }
+
+    /// Waits until the children of the fork under way have agreed to run, or one has failed.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed, in whichever process.
+    pub fn outcome(&mut self, link: &Link) -> Result<(), ForkError> {
+        let block = link.fork();
+        let begin = now_ns();
+        loop {
+            let seen = block.decision.load(Ordering::Acquire);
+            if seen == decision::COMMITTED {
+                return Ok(());
+            }
+            if let Some(failure) = failure(seen) {
+                return Err(failure);
+            }
+            let waited = now_ns() - begin;
+            if waited > OUTCOME_NS {
+                standby::fail(link, Step::Commit, libc::ETIMEDOUT);
+            } else if waited > OUTCOME_SPIN_NS {
+                futex_wait(&block.decision, seen, Some(Duration::from_millis(2)));
+                if self.flight_died(link) {
+                    standby::fail(link, Step::Commit, libc::ECHILD);
+                }
+            }
+        }
+    }
+}
+
+/// Makes a field of the fork block say that its part is there.
+fn publish(block: &ForkBlock, field: &std::sync::atomic::AtomicU32) {
+    let number = block.number.load(Ordering::Relaxed);
+    field.store(number, Ordering::SeqCst);
+    if block.sleepers.load(Ordering::SeqCst) > 0 {
+        futex_wake(field);
+    }
+}
+
+/// Puts the state of all vCPUs and the interrupt controllers into the fork block. The other vCPUs
+/// saved theirs when they stopped.
+fn capture_state(instance: &Instance, vcpu: Option<&mut Vcpu>) -> Result<(), KvmError> {
+    instance.link().write_fork(|state| {
+        let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
+        for index in (0..instance.vcpus()).filter(|index| Some(*index) != own) {
+            instance.gate().with_saved(index, |saved| state.vcpus[index].copy_from(saved));
+        }
+        if let Some(vcpu) = vcpu {
+            vcpu.save(&mut state.vcpus[vcpu.index() as usize])?;
+        }
+        instance.machine().save_irqchips(&mut state.vm)
+    })
+}
+
+/// The failure that a decision carries.
+pub(super) fn failure(word: u32) -> Option<ForkError> {
+    let (step, errno) = decision::failure(word)?;
+    let step = Step::from_number(step).unwrap_or(Step::Commit);
+    let cause = if errno == libc::ECHILD { ForkCause::Died } else { ForkCause::Child { errno } };
+    Some(ForkError { step, cause })
+}

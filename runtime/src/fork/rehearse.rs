@@ -1,0 +1,40 @@
+//! Running ahead: a standby runs once from its base state until it first leaves the guest, with
+//! every side effect suppressed, and is then put back.
+//!
+//! What stays is what the child will need: page tables, private copies of the pages it writes, and
+//! KVM's translations of both. The dirty log names the pages that changed; their old contents come
+//! from the standby's own zygote, whose memory is the same and which never runs.
+#![expect(unsafe_code, reason = "copies guest memory from the zygote")]
+
+use super::step::ForkCause;
+use crate::instance::Instance;
+use crate::kvm::{Vcpu, VcpuState};
+use crate::memory::PAGE;
+use crate::sys::{self, KickTimer};
+
+/// How long a rehearsal may run. A guest that computes without leaving is stopped here.
+const LIMIT_US: i64 = 300;
+
+/// Runs `vcpu` from `base` to its first exit. Whatever the exit asks for is not done: a port write
+/// goes nowhere, a port read gives what the page held before.
+pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState) -> Result<(), ForkCause> {
+    vcpu.restore(base, None)?;
+    let timer = KickTimer::start(LIMIT_US)?;
+    vcpu.run()?;
+    drop(timer);
+    vcpu.settle()?;
+    Ok(())
+}
+
+/// Undoes what rehearsals wrote and returns the pages. All vCPUs of the standby are stopped.
+///
+/// The pages are not write-protected again: they stay writable, so that the child takes no fault on
+/// them, and are counted as dirty from the start.
+pub(super) fn roll_back(instance: &Instance) -> Result<Vec<u32>, ForkCause> {
+    let mut engine = instance.engine();
+    let pages = engine.rehearsed(instance)?;
+    let ranges: Vec<_> = pages.iter().map(|page| (instance.mapping().page(*page), PAGE)).collect();
+    // SAFETY: pages of our own mapping; no vCPU runs and no device is alive yet.
+    unsafe { sys::copy_from_twin(instance.zygote_pid(), &ranges) }?;
+    Ok(pages)
+}

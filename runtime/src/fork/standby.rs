@@ -1,0 +1,494 @@
+//! A standby: a child that lacks nothing but the parent's last changes.
+//!
+//! ```text
+//!   fork(2)ed from the zygote
+//!      |  its own zygote is forked off first: same memory, kept for the child's children
+//!      |  machine made, base state restored
+//!      |  rehearsed: run once to its first exit, then memory and state put back
+//!      v
+//!   PARKED <--> SYNC        asleep; woken now and then to take in what the parent changed
+//!      |  announced or GO
+//!      v
+//!   awake: apply pages, restore what differs, new identity, commit -> KVM_RUN
+//! ```
+//!
+//! A standby is spent by its first fallible step: whatever fails, the process ends.
+#![expect(unsafe_code, reason = "fork(2), and giving up inherited descriptors")]
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::apply::{Applied, Applier};
+use super::engine::Engine;
+use super::link::{self, Base, Link, decision, word};
+use super::path;
+use super::rehearse;
+use super::step::{ForkCause, ForkError, Moment, Step};
+use super::zygote::{Womb, Zygote};
+use crate::device::Answer;
+use crate::instance::{Birth, Cradle, Instance};
+use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
+use crate::memory::{Mapping, PAGE, RamLayout};
+use crate::proto::InstanceConfig;
+use crate::sys::{self, futex_wait, futex_wake, now_ns};
+
+/// How long a standby that is awake spins for the next step of the fork before it sleeps. It bounds
+/// the damage when it shares its processor with the parent that it waits for.
+const SPIN_NS: u64 = 50_000;
+/// How long a fork may take from waking up to the last sibling's consent.
+const PATIENCE_NS: u64 = 10_000_000_000;
+
+/// What the vCPU threads of a standby share while it is one.
+#[derive(Debug)]
+struct Shared {
+    instance: Arc<Instance>,
+    /// The parent's link.
+    link: Arc<Link>,
+    slot: usize,
+    /// What the vCPUs are parked with.
+    base: Base,
+    /// 0: parked, 1: woken, 2: pages are applied. Futex of all threads but the leader.
+    stage: AtomicU32,
+    /// The threads meet here around the rehearsal.
+    meeting: std::sync::Barrier,
+}
+
+/// Makes a standby and lives its life. Runs in the process that the zygote forked.
+pub(super) fn run(womb: Womb, slot: usize, parent: Uuid, line: OwnedFd) -> ! {
+    let begin = now_ns();
+    sys::die_with_parent(true);
+    let keep = womb.descriptors(&line);
+    // SAFETY: the zygote's socket is forgotten by the caller; nothing else had descriptors.
+    unsafe { sys::close_all_but(&keep) };
+    sys::set_process_name("ukp-standby");
+    let code = match live(womb, slot, parent, line, begin) {
+        Ok(code) => code,
+        Err(error) => {
+            // The parent has the error in the slot; the process has nobody else to tell.
+            drop(error);
+            1
+        }
+    };
+    std::process::exit(code)
+}
+
+fn live(
+    womb: Womb,
+    slot: usize,
+    parent: Uuid,
+    line: OwnedFd,
+    begin: u64,
+) -> Result<i32, ForkError> {
+    let (standby, vcpu) = match prepare(womb, slot, parent, line) {
+        Ok(made) => made,
+        Err((link, error)) => {
+            tell(&link, slot, &error);
+            return Err(error);
+        }
+    };
+    let link = standby.shared.link.clone();
+    link.slot(slot).prewarm_ns.store(now_ns() - begin, Ordering::Relaxed);
+    match standby.park_and_go(vcpu) {
+        Ok(code) => Ok(code),
+        Err(error) => {
+            tell(&link, slot, &error);
+            Err(error)
+        }
+    }
+}
+
+/// Leaves the error where the parent finds it, and fails the fork for all siblings.
+fn tell(link: &Link, slot: usize, error: &ForkError) {
+    let errno = error.cause.errno();
+    let slot = link.slot(slot);
+    slot.failure.store(decision::failed(error.step as u32, errno), Ordering::Release);
+    if slot.word.swap(word::FAILED, Ordering::AcqRel) == word::GO {
+        fail(link, error.step, errno);
+    }
+    link.ring();
+}
+
+/// Decides that no child of the fork under way runs, unless all have agreed that they do.
+pub(super) fn fail(link: &Link, step: Step, errno: i32) {
+    let decision = &link.fork().decision;
+    let failed = decision::failed(step as u32, errno);
+    // If it was decided already, that stands.
+    decision
+        .compare_exchange(decision::OPEN, failed, Ordering::AcqRel, Ordering::Acquire)
+        .unwrap_or(failed);
+    futex_wake(decision);
+}
+
+/// A standby, seen from its leader: the thread of vCPU 0.
+struct Standby {
+    shared: Arc<Shared>,
+    applier: Applier,
+}
+
+type Failed = (Arc<Link>, ForkError);
+
+fn prepare(
+    womb: Womb,
+    slot: usize,
+    parent: Uuid,
+    line: OwnedFd,
+) -> Result<(Standby, Vcpu), Failed> {
+    let Womb { host, config, link, mapping } = womb;
+    let link = Arc::new(link);
+    prepare_with(host, config, mapping, &link, slot, parent, line).map_err(|error| (link, error))
+}
+
+fn prepare_with(
+    host: Host,
+    config: InstanceConfig,
+    mapping: Option<Mapping>,
+    link: &Arc<Link>,
+    slot: usize,
+    parent: Uuid,
+    line: OwnedFd,
+) -> Result<(Standby, Vcpu), ForkError> {
+    fn failed<E: Into<ForkCause>>(cause: E) -> ForkError {
+        ForkError { step: Step::Prewarm, cause: cause.into() }
+    }
+    link.header().fault.check(Step::Prewarm)?;
+    let (identity, base) = link.read_slot(slot, config.vcpus as usize);
+    let (zygote, womb) = zygote_of_child(host, config, mapping)?;
+    let Womb { host, mut config, link: own, mapping } = womb;
+    let mapping = mapping.ok_or_else(|| failed(ForkCause::Died))?;
+    config.standbys = config.child_standbys;
+    config.ring_entries = config.child_ring_entries;
+    let made = MachineConfig {
+        layout: RamLayout::new(config.memory_mib),
+        vcpus: config.vcpus,
+        dirty: config.dirty,
+        ring_entries: config.ring_entries,
+    };
+    let (machine, mut vcpus, log) = Machine::new(&host, made, &mapping, true).map_err(failed)?;
+    machine.restore_clocks(&vcpus, &base.vm).map_err(failed)?;
+    machine.restore_irqchips(&base.vm).map_err(failed)?;
+    link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
+    let mut applier = Applier::new(&mapping);
+    for page in link.hot_pages().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
+        applier.touch(&mapping, page);
+    }
+    let rehearsing = config.rehearse;
+    let instance = Instance::assemble(Birth {
+        kicks: vcpus.iter_mut().map(Vcpu::kick).collect(),
+        config,
+        identity,
+        parent: Some(parent),
+        link: own,
+        machine,
+        mapping,
+        zygote,
+        engine: Engine::new(log, base.clone()),
+    })
+    .map_err(failed)?;
+    let shared = Arc::new(Shared {
+        instance: instance.clone(),
+        link: link.clone(),
+        slot,
+        base,
+        stage: AtomicU32::new(0),
+        meeting: Barrier::new(vcpus.len()),
+    });
+    instance
+        .start_control(Some(Cradle { link: link.clone(), line }), None)
+        .map_err(failed)?;
+    let mut vcpus = vcpus.into_iter();
+    let mut leader = vcpus.next().ok_or_else(|| failed(ForkCause::Died))?;
+    for vcpu in vcpus {
+        let shared = shared.clone();
+        instance.spawn_vcpu(vcpu.index(), move || follow(&shared, vcpu)).map_err(failed)?;
+    }
+    sys::install_kick_handler().map_err(failed)?;
+    if rehearsing {
+        rehearse::run(&mut leader, &shared.base.vcpus[0]).map_err(failed)?;
+    }
+    shared.meeting.wait();
+    for page in rehearse::roll_back(&instance).map_err(failed)? {
+        applier.note(page);
+    }
+    leader.restore(&shared.base.vcpus[0], None).map_err(failed)?;
+    shared.meeting.wait();
+    Ok((Standby { shared, applier }, leader))
+}
+
+/// Forks the zygote of this standby before anything in it belongs to KVM.
+fn zygote_of_child(
+    host: Host,
+    config: InstanceConfig,
+    mapping: Option<Mapping>,
+) -> Result<(Zygote, Womb), ForkError> {
+    let at = ForkError::at::<sys::SysError>;
+    let capacity = link::capacity(config.child_ring_entries, config.vcpus);
+    let own = Link::new(capacity).map_err(at(Step::Prewarm))?;
+    let womb = Womb { host, config, link: own, mapping };
+    // SAFETY: this process was forked from a zygote and has not started a thread.
+    unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))
+}
+
+impl Standby {
+    /// Sleeps until the fork comes, becomes an instance, and runs until that ends.
+    fn park_and_go(mut self, mut vcpu: Vcpu) -> Result<i32, ForkError> {
+        let shared = self.shared.clone();
+        let instance = shared.instance.clone();
+        instance.prepare_thread();
+        let slot = shared.link.slot(shared.slot);
+        slot.word.store(word::PARKED, Ordering::Release);
+        shared.link.ring();
+        self.park()?;
+        let faults = minor_faults();
+        slot.stamps.stamp(Moment::Awake);
+        shared.set_stage(1);
+        let applied = self.apply_fork()?;
+        slot.stamps.stamp(Moment::Applied);
+        shared.set_stage(2);
+        shared.wait(|block| &block.state_ready)?;
+        self.restore(&mut vcpu)?;
+        slot.stamps.stamp(Moment::Restored);
+        let rang = shared.link.fork().vcpu.load(Ordering::Relaxed);
+        shared.consent()?;
+        instance.gate().enter(0);
+        slot.stamps.stamp(Moment::Entered);
+        let first = vcpu.run();
+        if rang == 0 {
+            slot.stamps.stamp(Moment::Exited);
+        }
+        slot.faults.store(u32::try_from(minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
+        slot.applied.store(applied.pages, Ordering::Relaxed);
+        slot.applied_private.store(applied.private, Ordering::Relaxed);
+        slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
+        instance.engine().born(self.applier.private_pages().collect());
+        if rang == 0 {
+            shared.announce_life();
+        }
+        let action = instance.after_exit(first);
+        instance.settle_thread();
+        drop(self);
+        drop(shared);
+        Ok(instance.run_leader(vcpu, action))
+    }
+
+    /// Returns when the word is `GO`.
+    fn park(&mut self) -> Result<(), ForkError> {
+        let shared = self.shared.clone();
+        let slot = shared.link.slot(shared.slot);
+        loop {
+            match slot.word.load(Ordering::Acquire) {
+                word::GO => return Ok(()),
+                word::SYNC => {
+                    let head = shared.link.header().head.load(Ordering::Acquire);
+                    self.apply_to(head)?;
+                    let parked = slot.word.compare_exchange(
+                        word::SYNC,
+                        word::PARKED,
+                        Ordering::AcqRel,
+                        Ordering::Acquire,
+                    );
+                    if parked.is_ok() {
+                        shared.link.ring();
+                    }
+                }
+                word::ANNOUNCED if now_ns() < slot.spin_until_ns.load(Ordering::Relaxed) => {
+                    // No pause instruction: under a hypervisor it may leave the processor.
+                }
+                seen => {
+                    if seen == word::ANNOUNCED {
+                        // A failed exchange means that GO came; the loop sees it.
+                        slot.word
+                            .compare_exchange(
+                                word::ANNOUNCED,
+                                word::PARKED,
+                                Ordering::AcqRel,
+                                Ordering::Acquire,
+                            )
+                            .unwrap_or(seen);
+                        continue;
+                    }
+                    futex_wait(&slot.word, seen, None);
+                }
+            }
+        }
+    }
+
+    fn apply_fork(&mut self) -> Result<Applied, ForkError> {
+        let shared = self.shared.clone();
+        shared.link.header().fault.check(Step::ApplyPages)?;
+        shared.wait(|block| &block.pages_ready)?;
+        self.apply_to(shared.link.fork().head.load(Ordering::Acquire))
+    }
+
+    fn apply_to(&mut self, head: u32) -> Result<Applied, ForkError> {
+        let shared = &self.shared;
+        let tail = &shared.link.slot(shared.slot).tail;
+        let applied = self
+            .applier
+            .apply(&shared.link, shared.instance.mapping(), tail.load(Ordering::Relaxed), head)
+            .map_err(ForkError::at(Step::ApplyPages))?;
+        tail.store(head, Ordering::Release);
+        Ok(applied)
+    }
+
+    fn restore(&mut self, vcpu: &mut Vcpu) -> Result<(), ForkError> {
+        let shared = &self.shared;
+        let at = |error: crate::kvm::KvmError| ForkError::at(Step::RestoreState)(error);
+        shared.link.header().fault.check(Step::RestoreState)?;
+        let state = shared.link.read_fork();
+        vcpu.restore(&state.vcpus[0], Some(&shared.base.vcpus[0])).map_err(at)?;
+        if !state.vm.same_irqchips(&shared.base.vm) {
+            shared.instance.machine().restore_irqchips(&state.vm).map_err(at)?;
+        }
+        shared.link.header().fault.check(Step::Identity)?;
+        let slot = shared.link.slot(shared.slot);
+        let index = slot.index.load(Ordering::Relaxed);
+        let children = shared.link.fork().children.load(Ordering::Relaxed);
+        shared.instance.set_answer(Answer::child(shared.instance.identity(), index, children));
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn set_stage(&self, stage: u32) {
+        self.stage.store(stage, Ordering::Release);
+        if self.base.vcpus.len() > 1 {
+            futex_wake(&self.stage);
+        }
+    }
+
+    /// Tells the parent that the vCPU that rang the doorbell has left the guest in this child.
+    fn announce_life(&self) {
+        self.link.slot(self.slot).word.store(word::LIVE, Ordering::Release);
+        self.link.ring();
+    }
+
+    /// Waits until a field of the fork block has the number of this standby's fork.
+    fn wait(
+        &self,
+        field: impl Fn(&link::ForkBlock) -> &AtomicU32,
+    ) -> Result<(), ForkError> {
+        let block = self.link.fork();
+        let number = self.link.slot(self.slot).fork.load(Ordering::Acquire);
+        let begin = now_ns();
+        loop {
+            let seen = field(block).load(Ordering::Acquire);
+            if seen == number {
+                return Ok(());
+            }
+            self.check(block, begin)?;
+            if now_ns() - begin > SPIN_NS {
+                block.sleepers.fetch_add(1, Ordering::SeqCst);
+                futex_wait(field(block), seen, Some(Duration::from_millis(10)));
+                block.sleepers.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    }
+
+    fn check(&self, block: &link::ForkBlock, begin: u64) -> Result<(), ForkError> {
+        if let Some(failure) = path::failure(block.decision.load(Ordering::Acquire)) {
+            return Err(failure);
+        }
+        let waited = now_ns() - begin;
+        if waited > PATIENCE_NS {
+            let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
+            return Err(ForkError { step: Step::Commit, cause });
+        }
+        Ok(())
+    }
+
+    /// Says that one vCPU is ready, and returns when all vCPUs of all siblings are.
+    fn consent(&self) -> Result<(), ForkError> {
+        self.link.header().fault.check(Step::Commit)?;
+        // From here on this process outlives its parent, if the fork succeeds.
+        sys::die_with_parent(false);
+        self.instance.come_alive();
+        let block = self.link.fork();
+        let vcpus = u32::try_from(self.base.vcpus.len()).unwrap_or(1);
+        let all = block.children.load(Ordering::Relaxed) * vcpus;
+        if block.ready.fetch_add(1, Ordering::AcqRel) + 1 == all {
+            let decided = block.decision.compare_exchange(
+                decision::OPEN,
+                decision::COMMITTED,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            if decided.is_ok() {
+                futex_wake(&block.decision);
+                return Ok(());
+            }
+        }
+        let begin = now_ns();
+        loop {
+            match block.decision.load(Ordering::Acquire) {
+                decision::COMMITTED => return Ok(()),
+                seen => {
+                    self.check(block, begin)?;
+                    if now_ns() - begin > SPIN_NS {
+                        futex_wait(&block.decision, seen, Some(Duration::from_millis(10)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The life of a standby's vCPU other than the leader's.
+fn follow(shared: &Arc<Shared>, vcpu: Vcpu) {
+    let instance = shared.instance.clone();
+    if let Err(error) = follow_to_life(shared, vcpu) {
+        tell(&shared.link, shared.slot, &error);
+        if !instance.gate().quitting() {
+            std::process::exit(1);
+        }
+    }
+}
+
+fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError> {
+    let failed = ForkError::at::<crate::kvm::KvmError>;
+    let instance = &shared.instance;
+    let index = vcpu.index() as usize;
+    let base = &shared.base.vcpus[index];
+    if instance.config().rehearse {
+        rehearse::run(&mut vcpu, base).map_err(ForkError::at(Step::Prewarm))?;
+    }
+    shared.meeting.wait();
+    // The leader rolls memory back.
+    vcpu.restore(base, None).map_err(failed(Step::Prewarm))?;
+    shared.meeting.wait();
+    instance.prepare_thread();
+    while shared.stage.load(Ordering::Acquire) == 0 {
+        futex_wait(&shared.stage, 0, None);
+    }
+    let begin = now_ns();
+    while shared.stage.load(Ordering::Acquire) == 1 {
+        shared.check(shared.link.fork(), begin)?;
+        if now_ns() - begin > SPIN_NS {
+            futex_wait(&shared.stage, 1, Some(Duration::from_millis(10)));
+        }
+    }
+    shared.wait(|block| &block.state_ready)?;
+    shared.link.header().fault.check(Step::RestoreState)?;
+    vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
+        .map_err(failed(Step::RestoreState))?;
+    let rang = shared.link.fork().vcpu.load(Ordering::Relaxed) == vcpu.index();
+    shared.consent()?;
+    instance.gate().enter(index);
+    let first = vcpu.run();
+    if rang {
+        shared.link.slot(shared.slot).stamps.stamp(Moment::Exited);
+        shared.announce_life();
+    }
+    let action = instance.after_exit(first);
+    instance.settle_thread();
+    instance.run_vcpu(vcpu, action);
+    Ok(())
+}
+
+/// Minor page faults of this process so far.
+fn minor_faults() -> u64 {
+    sys::minor_faults()
+}

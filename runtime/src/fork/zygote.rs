@@ -1,0 +1,230 @@
+//! The process that standbys are forked from: an instance's memory as of the last sync, and nothing
+//! else.
+//!
+//! It has one thread and no KVM object, so fork(2) is safe and cheap in it, and the kernel shares
+//! every page among all children at any depth. It reads commands from a socket and ends when the
+//! other side does.
+//!
+//! **Invariant:** only zygotes and standbys that have not made a KVM object yet call fork(2).
+#![expect(unsafe_code, reason = "fork(2), and giving up inherited descriptors")]
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::apply::Applier;
+use super::link::Link;
+use super::standby;
+use super::step::ForkCause;
+use crate::kvm::Host;
+use crate::memory::{BackingKind, Image, Mapping, Sealed};
+use crate::proto::InstanceConfig;
+use crate::sys::{self, Forked, SysError};
+
+/// From an instance to its zygote.
+#[derive(Debug, Serialize, Deserialize)]
+enum Command {
+    /// Map this sealed image (its descriptor comes along).
+    Adopt { bytes: u64, kind: BackingKind },
+    /// Apply these journal entries.
+    Sync { from: u32, to: u32 },
+    /// Fork a standby into this slot (its socket comes along).
+    Spawn { slot: u32, parent: Uuid },
+}
+
+/// The answer to a command.
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Done,
+    Spawned { pid: i32 },
+    Failed { errno: i32 },
+}
+
+/// What a zygote is made of. A standby inherits all of it.
+#[derive(Debug)]
+pub struct Womb {
+    /// KVM's abilities, asked once.
+    pub host: Host,
+    /// Configuration of the instance.
+    pub config: InstanceConfig,
+    /// The instance's link.
+    pub link: Link,
+    /// The instance's memory as of the last sync.
+    pub mapping: Option<Mapping>,
+}
+
+/// An instance's end of the connection to its zygote.
+#[derive(Debug)]
+pub struct Zygote {
+    socket: OwnedFd,
+    pid: Pid,
+    /// Journal entries that it has applied.
+    tail: u32,
+}
+
+impl Zygote {
+    /// Forks the zygote of this process.
+    ///
+    /// `keep` is what the zygote takes over besides its socket.
+    ///
+    /// # Safety
+    ///
+    /// This process has one thread. In the new process nothing but `womb` is used again: the
+    /// caller's other descriptors are closed there, without running destructors.
+    ///
+    /// # Errors
+    ///
+    /// What socketpair(2) and fork(2) say.
+    pub unsafe fn fork(womb: Womb) -> Result<(Self, Womb), SysError> {
+        let (ours, theirs) = sys::socket_pair()?;
+        // SAFETY: one thread, by this function's contract.
+        match unsafe { sys::fork() }? {
+            Forked::Parent { child } => {
+                drop(theirs);
+                Ok((Self { socket: ours, pid: child, tail: 0 }, womb))
+            }
+            Forked::Child => {
+                let keep = womb.descriptors(&theirs);
+                std::mem::forget(ours);
+                // SAFETY: nothing but `womb` and `theirs` is used from here on.
+                unsafe { sys::close_all_but(&keep) };
+                sys::set_process_name("ukp-zygote");
+                sys::reap_children_automatically();
+                serve(womb, theirs)
+            }
+        }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Journal entries that it has applied.
+    #[must_use]
+    pub fn tail(&self) -> u32 {
+        self.tail
+    }
+
+    /// The journal starts again at 0; the zygote has applied all of it.
+    pub fn rewind(&mut self) {
+        self.tail = 0;
+    }
+
+    /// Hands the sealed image over.
+    ///
+    /// # Errors
+    ///
+    /// What the zygote says, or that it is gone.
+    pub fn adopt(&self, image: &Image<Sealed>) -> Result<(), ForkCause> {
+        let command = Command::Adopt { bytes: image.bytes(), kind: image.kind() };
+        self.ask(&command, &[image.file()]).map(|_| ())
+    }
+
+    /// Brings it up to journal entry `to`.
+    ///
+    /// # Errors
+    ///
+    /// What the zygote says, or that it is gone.
+    pub fn sync(&mut self, to: u32) -> Result<(), ForkCause> {
+        if self.tail < to {
+            self.ask(&Command::Sync { from: self.tail, to }, &[])?;
+            self.tail = to;
+        }
+        Ok(())
+    }
+
+    /// Forks a standby into `slot`; it will talk over `socket`.
+    ///
+    /// # Errors
+    ///
+    /// What fork(2) says in the zygote, or that it is gone.
+    pub fn spawn(&self, slot: u32, parent: Uuid, socket: BorrowedFd<'_>) -> Result<i32, ForkCause> {
+        match self.ask(&Command::Spawn { slot, parent }, &[socket])? {
+            Answer::Spawned { pid } => Ok(pid),
+            Answer::Done | Answer::Failed { .. } => Err(ForkCause::Died),
+        }
+    }
+
+    fn ask(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<Answer, ForkCause> {
+        let bytes = serde_json::to_vec(command).map_err(|_| ForkCause::Died)?;
+        sys::send(&self.socket, &bytes, fds)?;
+        let mut buffer = [0_u8; 256];
+        let (len, _) =
+            sys::receive(&self.socket, &mut buffer, rustix::net::RecvFlags::empty())?;
+        match serde_json::from_slice(&buffer[..len]) {
+            Ok(Answer::Failed { errno }) => Err(ForkCause::Child { errno }),
+            Ok(answer) => Ok(answer),
+            // Nothing was received: the zygote is gone.
+            Err(_) => Err(ForkCause::Died),
+        }
+    }
+}
+
+impl Womb {
+    /// Descriptors that a process made from it needs, and `socket`.
+    pub(super) fn descriptors(&self, socket: &OwnedFd) -> Vec<i32> {
+        vec![self.host.as_raw_fd(), self.link.bell().as_raw_fd(), socket.as_raw_fd()]
+    }
+}
+
+fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
+    let mut applier = None;
+    let mut buffer = [0_u8; 256];
+    loop {
+        let (len, mut fds) =
+            match sys::receive(&socket, &mut buffer, rustix::net::RecvFlags::empty()) {
+                Ok((len, fds)) if len > 0 => (len, fds),
+                // The instance is gone, and with it the need for standbys.
+                _ => std::process::exit(0),
+            };
+        let answer = match serde_json::from_slice(&buffer[..len]) {
+            Ok(Command::Adopt { bytes, kind }) => {
+                let adopted = fds.pop().map(|file| {
+                    Image::<Sealed>::adopt(file, bytes, kind).and_then(|image| image.map_private())
+                });
+                match adopted {
+                    Some(Ok(mapping)) => {
+                        applier = None;
+                        womb.mapping = Some(mapping);
+                        Answer::Done
+                    }
+                    Some(Err(error)) => Answer::Failed { errno: ForkCause::from(error).errno() },
+                    None => Answer::Failed { errno: libc::EBADF },
+                }
+            }
+            Ok(Command::Sync { from, to }) => match &womb.mapping {
+                Some(mapping) => {
+                    let applier = applier.get_or_insert_with(|| Applier::plain(mapping));
+                    match applier.apply(&womb.link, mapping, from, to) {
+                        Ok(_) => Answer::Done,
+                        Err(cause) => Answer::Failed { errno: cause.errno() },
+                    }
+                }
+                None => Answer::Failed { errno: libc::ENODATA },
+            },
+            Ok(Command::Spawn { slot, parent }) => match fds.pop() {
+                // SAFETY: a zygote never starts a thread.
+                Some(line) => match unsafe { sys::fork() } {
+                    Ok(Forked::Parent { child }) => {
+                        Answer::Spawned { pid: child.as_raw_nonzero().get() }
+                    }
+                    Ok(Forked::Child) => {
+                        std::mem::forget(socket);
+                        standby::run(womb, slot as usize, parent, line)
+                    }
+                    Err(error) => Answer::Failed { errno: error.errno() },
+                },
+                None => Answer::Failed { errno: libc::EBADF },
+            },
+            Err(_) => Answer::Failed { errno: libc::EINVAL },
+        };
+        let Ok(bytes) = serde_json::to_vec(&answer) else { std::process::exit(1) };
+        if sys::send(&socket.as_fd(), &bytes, &[]).is_err() {
+            std::process::exit(0);
+        }
+    }
+}

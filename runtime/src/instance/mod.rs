@@ -1,0 +1,272 @@
+//! One instance: the VMM process around one machine.
+//!
+//! Threads: one per vCPU ([`vcpu`]), and one control thread ([`control`]) that talks to the owner
+//! and keeps standbys ready. A root instance is booted ([`root`]); every other one comes out of a
+//! standby.
+
+mod control;
+mod gate;
+mod root;
+mod vcpu;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use guest_abi::param::STEPS;
+use uuid::Uuid;
+
+pub use control::Cradle;
+pub use gate::{Gate, Stopped};
+pub use root::run_root;
+
+use crate::device::Answer;
+use crate::fork::{Engine, Identity, Link, Zygote};
+use crate::kvm::{Kick, Machine};
+use crate::memory::{GuestRam, Image, Mapping, MemoryError, RamLayout, Writable, guest_ram};
+use crate::proto::{Event, InstanceConfig};
+use crate::sys::{self, SysError};
+
+/// Stack of a vCPU thread: its frames are small, and a thousand children have one each.
+const VCPU_STACK: usize = 128 * 1024;
+
+/// What an instance is assembled from.
+#[derive(Debug)]
+pub struct Birth {
+    /// Its configuration.
+    pub config: InstanceConfig,
+    /// Who it is.
+    pub identity: Identity,
+    /// Its parent.
+    pub parent: Option<Uuid>,
+    /// Its link to its own children.
+    pub link: Link,
+    /// Its machine.
+    pub machine: Machine,
+    /// Its memory.
+    pub mapping: Mapping,
+    /// Handles to stop its vCPUs.
+    pub kicks: Vec<Kick>,
+    /// Its zygote.
+    pub zygote: Zygote,
+    /// Its engine.
+    pub engine: Engine,
+}
+
+/// An instance, shared by its threads.
+#[derive(Debug)]
+pub struct Instance {
+    config: InstanceConfig,
+    identity: Identity,
+    parent: Option<Uuid>,
+    // Dropped before the mapping that they refer to.
+    ram: GuestRam,
+    machine: Machine,
+    mapping: Mapping,
+    link: Link,
+    gate: Gate,
+    engine: Mutex<Engine>,
+    /// The root's image, until it is armed.
+    image: Mutex<Option<Image<Writable>>>,
+    /// Taken by the control thread.
+    zygote: Mutex<Option<Zygote>>,
+    zygote_pid: rustix::process::Pid,
+    answer: Mutex<Answer>,
+    /// Sequence number of the program that each vCPU was last given.
+    programs: Vec<AtomicU64>,
+    outbox: Mutex<VecDeque<Event>>,
+    /// This process is an instance of its own right, not a standby.
+    alive: AtomicBool,
+    ready: AtomicBool,
+    exit_code: AtomicI32,
+    /// Futex: changes when the control thread has done something that a waiting fork waits for.
+    news: AtomicU32,
+}
+
+impl Instance {
+    /// Puts the parts together.
+    ///
+    /// # Errors
+    ///
+    /// If mapping and configuration do not fit.
+    pub fn assemble(birth: Birth) -> Result<Arc<Self>, MemoryError> {
+        let layout = RamLayout::new(birth.config.memory_mib);
+        let ram = guest_ram(&birth.mapping, &layout)?;
+        let programs = birth.kicks.iter().map(|_| AtomicU64::new(0)).collect();
+        Ok(Arc::new(Self {
+            ram,
+            gate: Gate::new(birth.kicks.into_iter()),
+            config: birth.config,
+            identity: birth.identity,
+            parent: birth.parent,
+            machine: birth.machine,
+            mapping: birth.mapping,
+            link: birth.link,
+            engine: Mutex::new(birth.engine),
+            zygote_pid: birth.zygote.pid(),
+            zygote: Mutex::new(Some(birth.zygote)),
+            image: Mutex::new(None),
+            answer: Mutex::default(),
+            programs,
+            outbox: Mutex::default(),
+            alive: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
+            exit_code: AtomicI32::new(0),
+            news: AtomicU32::new(0),
+        }))
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &InstanceConfig {
+        &self.config
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Its UUID.
+    #[must_use]
+    pub fn uuid(&self) -> Uuid {
+        Uuid::from_bytes(self.identity.uuid)
+    }
+
+    /// The memory that it shares with its zygote and standbys.
+    #[must_use]
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// Its machine.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Its memory by guest address.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The gate of its vCPUs.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> usize {
+        self.programs.len()
+    }
+
+    /// The engine. Held for short steps only: a fork waits for it.
+    pub fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Process of its zygote.
+    #[must_use]
+    pub fn zygote_pid(&self) -> rustix::process::Pid {
+        self.zygote_pid
+    }
+
+    fn keep_image(&self, image: Image<Writable>) {
+        *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
+    }
+
+    fn take_image(&self) -> Option<Image<Writable>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn take_zygote(&self) -> Option<Zygote> {
+        self.zygote.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Sets what the guest reads at the doorbell.
+    pub fn set_answer(&self, answer: Answer) {
+        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = answer;
+    }
+
+    /// From now on this process lives for itself.
+    pub fn come_alive(&self) {
+        self.alive.store(true, Ordering::SeqCst);
+    }
+
+    fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::SeqCst)
+    }
+
+    /// Has the control thread send `event` to the owner.
+    pub fn post(&self, event: Event) {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
+        self.link.ring();
+    }
+
+    fn take_events(&self) -> VecDeque<Event> {
+        std::mem::take(&mut *self.outbox.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Ends the instance: all vCPU threads return, the control thread says goodbye.
+    pub fn exit(&self, code: i32, reason: Option<String>) {
+        self.exit_code.store(code, Ordering::SeqCst);
+        self.post(Event::Exited { code, reason });
+        self.gate.quit();
+    }
+
+    /// Starts the thread of a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if there are too many threads.
+    pub fn spawn_vcpu(
+        &self,
+        index: u32,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<(), SysError> {
+        std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(VCPU_STACK)
+            .spawn(run)
+            .map(drop)
+            .map_err(|source| SysError { call: "starting a vCPU thread", source })
+    }
+
+    /// Prepares the calling thread for the critical moments of a standby: real-time priority where
+    /// it is allowed, and the processors that the configuration names.
+    pub fn prepare_thread(&self) {
+        if self.config.standby_cpus != 0 {
+            // A mask that names no processor of this host is reported by the root instance.
+            sys::set_affinity(self.config.standby_cpus).unwrap_or(());
+        }
+        if self.config.realtime {
+            // Without permission the thread stays as it is; `runtime doctor` tells.
+            sys::set_realtime(true).unwrap_or(());
+        }
+    }
+
+    /// Undoes [`Instance::prepare_thread`]: from here on the thread runs the guest like any other.
+    pub fn settle_thread(&self) {
+        if self.config.realtime {
+            sys::set_realtime(false).unwrap_or(());
+        }
+        if self.config.vcpu_cpus != 0 {
+            sys::set_affinity(self.config.vcpu_cpus).unwrap_or(());
+        } else if self.config.standby_cpus != 0 {
+            sys::set_affinity(u64::MAX).unwrap_or(());
+        }
+    }
+}
+
+/// Most steps of a program, for checks at the edge.
+pub const MAX_STEPS: usize = STEPS;

@@ -1,0 +1,218 @@
+//! The root of a tree of instances: booted instead of forked.
+#![expect(unsafe_code, reason = "fork(2)")]
+
+use std::os::fd::OwnedFd;
+
+use rustix::net::RecvFlags;
+
+use super::vcpu::{Action, chain};
+use super::{Birth, Instance};
+use crate::boot::{self, BootError};
+use crate::fork::{
+    Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Womb, Zygote,
+    capacity,
+};
+use crate::kvm::{Host, KvmError, Machine, MachineConfig, Vcpu, VcpuState, VmState};
+use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Writable};
+use crate::proto::{Envelope, Event, InstanceConfig, MAX_MESSAGE, Request};
+use crate::sys::{self, SysError};
+
+/// Why a root instance could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A system call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Memory could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The guest is not one.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The configuration makes no sense.
+    #[error("{what} is {value}, it must be between {least} and {most}")]
+    Config {
+        /// What.
+        what: &'static str,
+        /// What it is.
+        value: u64,
+        /// Least value.
+        least: u64,
+        /// Greatest value.
+        most: u64,
+    },
+    /// The owner said something else than it should.
+    #[error("the owner did not send a configuration")]
+    Owner,
+}
+
+/// Runs a root instance in this process, which has one thread and whose descriptor 3 is connected
+/// to the owner. Returns its exit code.
+#[must_use]
+pub fn run_root(owner: OwnedFd) -> i32 {
+    sys::set_process_name("ukp-instance");
+    match start(&owner) {
+        Ok(code) => code,
+        Err(error) => {
+            let event = Event::Exited { code: 1, reason: Some(chain(&error)) };
+            if let Ok(bytes) = serde_json::to_vec(&event) {
+                sys::send(&owner, &bytes, &[]).unwrap_or(());
+            }
+            1
+        }
+    }
+}
+
+fn start(owner: &OwnedFd) -> Result<i32, StartError> {
+    let config = receive_config(owner)?;
+    check(&config)?;
+    let host = Host::open()?;
+    let link = Link::new(capacity(config.ring_entries, config.vcpus))?;
+    let womb = Womb { host, config, link, mapping: None };
+    sys::reap_children_automatically();
+    // SAFETY: this process has not started a thread yet.
+    let (zygote, womb) = unsafe { Zygote::fork(womb) }?;
+    let Womb { host, mut config, link, .. } = womb;
+    let layout = RamLayout::new(config.memory_mib);
+    let (image, note) = image(config.backing, layout.bytes())?;
+    config.backing = image.kind();
+    let mapping = image.map_shared()?;
+    let machine_config = MachineConfig {
+        layout,
+        vcpus: config.vcpus,
+        dirty: config.dirty,
+        ring_entries: config.ring_entries,
+    };
+    let (machine, mut vcpus, log) = Machine::new(&host, machine_config, &mapping, false)?;
+    let guest = if config.bare.as_os_str().is_empty() {
+        boot::EMBEDDED.to_vec()
+    } else {
+        std::fs::read(&config.bare).map_err(|source| BootError::Read {
+            path: config.bare.display().to_string(),
+            source,
+        })?
+    };
+    let mut base = Base { vm: VmState::default(), vcpus: vec![VcpuState::default(); vcpus.len()] };
+    let count = config.vcpus;
+    sys::install_kick_handler()?;
+    let identity = Identity::new().map_err(|_| SysError::last("getrandom"))?;
+    let kicks = vcpus.iter_mut().map(Vcpu::kick).collect();
+    if let Some(boot) = vcpus.first() {
+        machine.save(boot, &mut base.vm)?;
+    }
+    let instance = Instance::assemble(Birth {
+        config,
+        identity,
+        parent: None,
+        link,
+        machine,
+        mapping,
+        kicks,
+        zygote,
+        engine: Engine::new(log, base),
+    })?;
+    instance.keep_image(image);
+    let ram = instance.ram();
+    let loaded = boot::load(&guest, ram, &layout)?;
+    let khz = vcpus.first().map_or(Ok(0), |vcpu| vcpu.tsc_khz())?;
+    boot::prepare(ram, &layout, &loaded, count, khz)?;
+    for vcpu in &mut vcpus {
+        boot::start(vcpu, &loaded)?;
+    }
+    instance.come_alive();
+    if let Some(text) = note {
+        instance.post(Event::Note { text });
+    }
+    let line = owner.try_clone().map_err(|source| SysError { call: "dup", source })?;
+    instance.start_control(None, Some(line))?;
+    let mut vcpus = vcpus.into_iter();
+    let leader = vcpus.next();
+    for vcpu in vcpus {
+        let shared = instance.clone();
+        instance.spawn_vcpu(vcpu.index(), move || {
+            shared.settle_thread();
+            shared.gate().enter(vcpu.index() as usize);
+            shared.run_vcpu(vcpu, Action::Continue);
+        })?;
+    }
+    let Some(leader) = leader else { return Ok(1) };
+    instance.settle_thread();
+    instance.gate().enter(0);
+    Ok(instance.run_leader(leader, Action::Continue))
+}
+
+fn receive_config(owner: &OwnedFd) -> Result<InstanceConfig, StartError> {
+    let mut buffer = vec![0_u8; MAX_MESSAGE];
+    let (len, _) = sys::receive(owner, &mut buffer, RecvFlags::empty())?;
+    match serde_json::from_slice::<Envelope>(&buffer[..len]) {
+        Ok(Envelope { request: Request::Start(config), .. }) => Ok(*config),
+        _ => Err(StartError::Owner),
+    }
+}
+
+fn check(config: &InstanceConfig) -> Result<(), StartError> {
+    let ring = u64::from(config.ring_entries);
+    let child_ring = u64::from(config.child_ring_entries);
+    for (what, value, least, most) in [
+        ("memory_mib", config.memory_mib.into(), RamLayout::MIN_MIB.into(), RamLayout::MAX_MIB.into()),
+        ("vcpus", config.vcpus.into(), 1, MAX_VCPUS as u64),
+        ("ring_entries", ring, 1024, 65536),
+        ("child_ring_entries", child_ring, 1024, 65536),
+        ("standbys", config.standbys.into(), 0, 128),
+        ("child_standbys", config.child_standbys.into(), 0, 128),
+    ] {
+        if !(least..=most).contains(&value) {
+            return Err(StartError::Config { what, value, least, most });
+        }
+    }
+    for (what, value) in [("ring_entries", ring), ("child_ring_entries", child_ring)] {
+        if !value.is_power_of_two() {
+            let (least, most) = (value.next_power_of_two() / 2, value.next_power_of_two());
+            return Err(StartError::Config { what, value, least, most });
+        }
+    }
+    Ok(())
+}
+
+/// An image of the backing asked for, or of the ordinary one with a line that says why.
+fn image(
+    kind: BackingKind,
+    bytes: u64,
+) -> Result<(Image<Writable>, Option<String>), MemoryError> {
+    match Image::new(kind, bytes) {
+        Ok(image) => Ok((image, None)),
+        Err(error) if kind != BackingKind::Small => {
+            let image = Image::new(BackingKind::Small, bytes)?;
+            Ok((image, Some(format!("{}; using 4 KiB pages instead", chain(&error)))))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a root forkable; tells whether it was not before. Children are born armed.
+pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, ForkError> {
+    let at = |cause: ForkCause| ForkError { step: Step::Arm, cause };
+    let Some(image) = instance.take_image() else { return Ok(false) };
+    if let Err(error) = instance.link().header().fault.check(Step::Arm) {
+        instance.keep_image(image);
+        return Err(error);
+    }
+    let stopped = instance.gate().stop(None, std::time::Duration::from_secs(1));
+    let Some(stopped) = stopped else {
+        instance.keep_image(image);
+        return Err(at(ForkCause::Timeout { waited_ms: 1000 }));
+    };
+    let machine = instance.machine();
+    machine.track(instance.mapping()).map_err(|error| at(error.into()))?;
+    instance.mapping().make_private(image.file()).map_err(|error| at(error.into()))?;
+    let sealed = image.seal().map_err(|error| at(error.into()))?;
+    keeper.zygote().adopt(&sealed).map_err(at)?;
+    let mut engine = instance.engine();
+    engine.arm(instance).map_err(at)?;
+    drop(engine);
+    drop(stopped);
+    Ok(true)
+}

@@ -1,0 +1,338 @@
+//! The life of a vCPU thread: run the guest, serve its exits, stop at the gate.
+
+use std::time::Duration;
+
+use guest_abi::param::{Header, ParamPage};
+use guest_abi::port;
+use kvm_ioctls::VcpuExit;
+use std::sync::atomic::Ordering;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Instance;
+use crate::device::Answer;
+use crate::fork::{ForkCause, ForkError, Moment, Step};
+use crate::kvm::{KvmError, Vcpu};
+use crate::proto::Event;
+use crate::sys::now_ns;
+
+/// How long a fork waits for a standby to be made.
+const STANDBY_NS: u64 = 20_000_000_000;
+
+/// How long the control thread may take to tell the owner that the instance has ended.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// What an exit asks for.
+#[derive(Debug)]
+pub enum Action {
+    /// Nothing more.
+    Continue,
+    /// A fork of that many children; the time is that of the exit.
+    Fork { children: u32, doorbell_ns: u64 },
+    /// A fork is expected within that many microseconds.
+    Announce { window_us: u32 },
+    /// Wait for a program newer than that.
+    Park { seen: u32 },
+    /// Wait that many microseconds.
+    Pause { us: u32 },
+    /// A program is done.
+    Done { seq: u32 },
+    /// The guest may be armed.
+    Ready,
+    /// End with this code.
+    Exit { code: i32, reason: Option<String> },
+}
+
+impl Instance {
+    /// Runs the leader, and ends the process's life as an instance when it returns.
+    pub fn run_leader(&self, vcpu: Vcpu, first: Action) -> i32 {
+        self.run_vcpu(vcpu, first);
+        // The control thread ends the process when the owner has been told.
+        std::thread::sleep(GOODBYE);
+        self.exit_code.load(Ordering::SeqCst)
+    }
+
+    /// Runs a vCPU until the instance ends. `first` is what its last exit asked for.
+    pub fn run_vcpu(&self, mut vcpu: Vcpu, first: Action) {
+        let index = vcpu.index() as usize;
+        let mut action = first;
+        loop {
+            self.act(&mut vcpu, action);
+            self.gate.disarm(index);
+            if self.gate.quitting() {
+                return;
+            }
+            if self.gate.is_closed() && !self.stop(&mut vcpu) {
+                return;
+            }
+            let exit = vcpu.run();
+            action = self.after_exit_at(exit, now_ns());
+        }
+    }
+
+    /// What the exit of a vCPU's first run asks for.
+    pub fn after_exit(&self, exit: Result<Option<VcpuExit<'_>>, KvmError>) -> Action {
+        self.after_exit_at(exit, now_ns())
+    }
+
+    /// Saves the state and stops at the closed gate.
+    fn stop(&self, vcpu: &mut Vcpu) -> bool {
+        let index = vcpu.index() as usize;
+        if !self.save(vcpu) {
+            return false;
+        }
+        self.gate.stop_here(index);
+        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+        !self.gate.quitting()
+    }
+
+    fn save(&self, vcpu: &mut Vcpu) -> bool {
+        let index = vcpu.index() as usize;
+        let saved = vcpu
+            .settle()
+            .and_then(|()| self.gate.with_saved(index, |state| vcpu.save(state)));
+        if let Err(error) = saved {
+            self.exit(1, Some(chain(&error)));
+            return false;
+        }
+        true
+    }
+
+    fn act(&self, vcpu: &mut Vcpu, action: Action) {
+        let index = vcpu.index() as usize;
+        match action {
+            Action::Continue => {}
+            Action::Fork { children, doorbell_ns } => self.fork(vcpu, children, doorbell_ns),
+            Action::Announce { window_us } => self.announce(window_us),
+            Action::Park { seen } => {
+                let newer = || self.programs[index].load(Ordering::Acquire) as u32 != seen;
+                if !newer() && self.save(vcpu) {
+                    self.gate.block(index, None, newer);
+                }
+            }
+            Action::Pause { us } => {
+                if us > 0 && self.save(vcpu) {
+                    let time = Duration::from_micros(us.into());
+                    self.gate.block(index, Some(time), || false);
+                }
+            }
+            Action::Done { seq } => self.done(vcpu.index(), seq),
+            Action::Ready => {
+                self.ready.store(true, Ordering::SeqCst);
+                self.link.ring();
+            }
+            Action::Exit { code, reason } => self.exit(code, reason),
+        }
+    }
+
+    /// Turns an exit into what it asks for. Everything in it comes from the guest.
+    fn after_exit_at(&self, exit: Result<Option<VcpuExit<'_>>, KvmError>, now: u64) -> Action {
+        match exit {
+            Ok(None) => Action::Continue,
+            Ok(Some(VcpuExit::IoOut(port, data))) => self.port_write(port, data, now),
+            Ok(Some(VcpuExit::IoIn(port, data))) => {
+                data.fill(0);
+                if port == port::FORK {
+                    self.read_answer(data);
+                }
+                Action::Continue
+            }
+            Ok(Some(VcpuExit::MmioRead(_, data))) => {
+                data.fill(0xff);
+                Action::Continue
+            }
+            Ok(Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
+            Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => self.drain_ring(),
+            Ok(Some(VcpuExit::Shutdown)) => {
+                let reason = "the guest stopped with a triple fault (an exception without handler)";
+                Action::Exit { code: 125, reason: Some(reason.into()) }
+            }
+            Ok(Some(other)) => {
+                Action::Exit { code: 125, reason: Some(format!("unexpected exit {other:?}")) }
+            }
+            Err(error) => Action::Exit { code: 125, reason: Some(chain(&error)) },
+        }
+    }
+
+    fn port_write(&self, port: u16, data: &[u8], now: u64) -> Action {
+        if port == port::CONSOLE {
+            self.post(Event::Console { bytes: data.to_vec() });
+            return Action::Continue;
+        }
+        let mut word = [0; 4];
+        for (to, from) in word.iter_mut().zip(data) {
+            *to = *from;
+        }
+        let value = u32::from_le_bytes(word);
+        match port {
+            port::FORK => Action::Fork { children: value, doorbell_ns: now },
+            port::ANNOUNCE => Action::Announce { window_us: value.min(port::MAX_ANNOUNCE_US) },
+            port::PARK => Action::Park { seen: value },
+            port::PAUSE => Action::Pause { us: value },
+            port::DONE => Action::Done { seq: value },
+            port::READY => Action::Ready,
+            port::EXIT => Action::Exit { code: i32::from(value as u8), reason: None },
+            _ => Action::Continue,
+        }
+    }
+
+    /// The dirty ring is full: the control thread takes its contents, then the guest goes on.
+    fn drain_ring(&self) -> Action {
+        let mut engine = self.engine();
+        match engine.drain(self) {
+            Ok(()) => Action::Continue,
+            Err(cause) => Action::Exit { code: 125, reason: Some(chain(&cause)) },
+        }
+    }
+
+    fn announce(&self, window_us: u32) {
+        let engine = self.engine();
+        engine.announce(&self.link, now_ns() + u64::from(window_us) * 1000);
+    }
+
+    /// A fork that the guest asked for.
+    fn fork(&self, vcpu: &mut Vcpu, children: u32, doorbell_ns: u64) {
+        let index = vcpu.index() as usize;
+        let mut saved = false;
+        let wait = |vcpu: &mut Option<&mut Vcpu>| {
+            let news = self.news.load(Ordering::SeqCst);
+            self.link.ring();
+            if !saved && let Some(vcpu) = vcpu {
+                saved = self.save(vcpu);
+            }
+            // The root is armed meanwhile, for which all vCPUs have to be stopped.
+            let changed = || self.news.load(Ordering::SeqCst) != news;
+            self.gate.block(index, Some(Duration::from_millis(50)), changed);
+        };
+        let result = self.fork_children(Some(vcpu), children, doorbell_ns, wait);
+        let answer = match result {
+            Ok(identities) => Answer::parent(&self.identity, &identities),
+            Err(error) => Answer::failed(&self.identity, error.cause.errno(), error.step as u32),
+        };
+        self.set_answer(answer);
+        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+    }
+
+    /// Forks: waits for enough standbys by calling `wait` again and again, then takes the fork path.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed; the instance is as before.
+    pub(super) fn fork_children(
+        &self,
+        mut vcpu: Option<&mut Vcpu>,
+        children: u32,
+        doorbell_ns: u64,
+        mut wait: impl FnMut(&mut Option<&mut Vcpu>),
+    ) -> Result<Vec<crate::fork::Identity>, ForkError> {
+        if children == 0 || children > port::MAX_CHILDREN {
+            let cause = ForkCause::Children { requested: children, most: port::MAX_CHILDREN };
+            return Err(ForkError { step: Step::Take, cause });
+        }
+        let from_guest = vcpu.is_some();
+        let mut engine = self.engine();
+        let failures = engine.prewarm_failures();
+        while !engine.take(self, children as usize, from_guest, doorbell_ns)? {
+            if let Some(error) = engine.prewarm_failure_after(failures) {
+                return Err(error);
+            }
+            let waited = now_ns() - doorbell_ns;
+            if waited > STANDBY_NS || self.gate.quitting() {
+                let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
+                return Err(ForkError { step: Step::Take, cause });
+            }
+            drop(engine);
+            wait(&mut vcpu);
+            engine = self.engine();
+        }
+        match engine.fork(self, vcpu, doorbell_ns) {
+            Ok(()) => Ok(engine.children()),
+            Err(error) => {
+                engine.abort(&self.link, &error);
+                self.link.ring();
+                Err(error)
+            }
+        }
+    }
+
+    /// The parent learns here whether its children made it.
+    fn read_answer(&self, data: &mut [u8]) {
+        let mut engine = self.engine();
+        engine.conclude(&self.link);
+        let failure = engine.last_failure();
+        drop(engine);
+        let mut answer = self.answer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((step, errno)) = failure
+            && !answer.is_failure()
+        {
+            *answer = Answer::failed(&self.identity, errno, step as u32);
+        }
+        answer.read(data);
+    }
+
+    fn done(&self, vcpu: u32, seq: u32) {
+        let page = GuestAddress(guest_abi::entry::param_page(vcpu.into()));
+        let results = std::mem::offset_of!(ParamPage, results) as u64;
+        let mut words = vec![0_u64; guest_abi::param::RESULTS];
+        for (index, word) in (0_u64..).zip(&mut words) {
+            let at = GuestAddress(page.0 + results + index * 8);
+            *word = self.ram.read_obj(at).unwrap_or(0);
+        }
+        while words.len() > 1 && words.last() == Some(&0) {
+            words.pop();
+        }
+        self.post(Event::Done { vcpu, seq: seq.into(), results: words });
+    }
+
+    /// Gives a program to a vCPU of a bare guest. Returns its sequence number.
+    pub(super) fn give_program(
+        &self,
+        vcpu: u32,
+        steps: &[crate::proto::WireStep],
+    ) -> Result<u64, String> {
+        let Some(seq) = self.programs.get(vcpu as usize) else {
+            return Err(format!("there is no vCPU {vcpu}"));
+        };
+        if steps.len() > super::MAX_STEPS {
+            return Err(format!("a program has at most {} steps", super::MAX_STEPS));
+        }
+        let page = guest_abi::entry::param_page(vcpu.into());
+        let write = |offset: usize, words: &[u64]| -> Result<(), String> {
+            for (index, word) in (0_u64..).zip(words) {
+                self.ram
+                    .write_obj(*word, GuestAddress(page + offset as u64 + index * 8))
+                    .map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        };
+        let next = seq.load(Ordering::Acquire) + 1;
+        write(std::mem::offset_of!(ParamPage, results), &[0; guest_abi::param::RESULTS])?;
+        let blank = crate::proto::WireStep::default();
+        for index in 0..super::MAX_STEPS {
+            let step = steps.get(index).unwrap_or(&blank);
+            let head = u64::from(step.op) | u64::from(step.who) << 32 | u64::from(step.result) << 48;
+            let offset = std::mem::offset_of!(ParamPage, steps)
+                + index * size_of::<guest_abi::param::Step>();
+            let [a, b, c, d] = step.args;
+            write(offset, &[head, a, b, c, d])?;
+        }
+        write(std::mem::offset_of!(Header, seq), &[next])?;
+        seq.store(next, Ordering::Release);
+        self.gate.unblock(vcpu as usize);
+        Ok(next)
+    }
+}
+
+/// `KVM_EXIT_DIRTY_RING_FULL`.
+const DIRTY_RING_FULL: u32 = 31;
+
+/// An error and everything below it, on one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,110 @@
+//! The owner's socket and the thread that hears what comes over it.
+
+use std::fs::DirBuilder;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::event::{Timespec, epoll};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use uuid::Uuid;
+
+use super::state::Shared;
+use crate::proto::{Envelope, MAX_MESSAGE};
+use crate::sys::{self, SysError};
+
+/// Number of the listening socket among the connections.
+const LISTENING: u64 = 0;
+/// Connections that wait to be accepted: a fan-out calls all at once.
+const BACKLOG: i32 = 1024;
+
+/// A new folder that nobody else can read.
+pub(super) fn private_folder() -> Result<PathBuf, SysError> {
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    let folder = base.join(format!("ukp-{}", Uuid::new_v4().simple()));
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&folder)
+        .map_err(|source| SysError { call: "making a folder for sockets", source })?;
+    Ok(folder)
+}
+
+/// Listens at `path`.
+pub(super) fn socket(path: &Path) -> Result<OwnedFd, SysError> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .map_err(SysError::new("socket"))?;
+    let address = SocketAddrUnix::new(path).map_err(SysError::new("bind"))?;
+    rustix::net::bind(&socket, &address).map_err(SysError::new("bind"))?;
+    rustix::net::listen(&socket, BACKLOG).map_err(SysError::new("listen"))?;
+    Ok(socket)
+}
+
+/// Sends a request.
+pub(super) fn send(socket: &OwnedFd, envelope: &Envelope) -> Result<(), SysError> {
+    let bytes = serde_json::to_vec(envelope)
+        .map_err(|error| SysError { call: "writing a request", source: error.into() })?;
+    sys::send(socket.as_fd(), &bytes, &[])
+}
+
+/// Starts the thread.
+pub(super) fn start(shared: &Arc<Shared>, socket: OwnedFd) -> Result<(), SysError> {
+    let data = epoll::EventData::new_u64(LISTENING);
+    epoll::add(&shared.epoll, &socket, data, epoll::EventFlags::IN)
+        .map_err(SysError::new("epoll_ctl"))?;
+    let shared = shared.clone();
+    std::thread::Builder::new()
+        .name("owner".into())
+        .spawn(move || run(&shared, &socket))
+        .map(drop)
+        .map_err(|source| SysError { call: "starting the owner's thread", source })
+}
+
+fn run(shared: &Shared, socket: &OwnedFd) {
+    let mut events = Vec::with_capacity(64);
+    let mut buffer = vec![0_u8; MAX_MESSAGE];
+    let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+    while !shared.state().stopped {
+        events.clear();
+        let room = rustix::buffer::spare_capacity(&mut events);
+        // EINTR: look again.
+        epoll::wait(&shared.epoll, room, Some(&tick)).unwrap_or(0);
+        for event in &events {
+            match event.data.u64() {
+                LISTENING => accept(shared, socket),
+                number => hear(shared, number, &mut buffer),
+            }
+        }
+    }
+}
+
+fn accept(shared: &Shared, socket: &OwnedFd) {
+    while let Ok(connection) = rustix::net::accept_with(socket, SocketFlags::CLOEXEC) {
+        // Only processes of this user are our instances.
+        let ours = rustix::net::sockopt::socket_peercred(&connection)
+            .is_ok_and(|peer| peer.uid == rustix::process::geteuid());
+        if ours {
+            // Without a descriptor left the child sees its connection closed, and ends.
+            shared.adopt(connection).map(drop).unwrap_or(());
+        }
+    }
+}
+
+fn hear(shared: &Shared, number: u64, buffer: &mut [u8]) {
+    let Some(socket) = shared.state().connection(number).map(|it| it.socket.clone()) else {
+        return;
+    };
+    loop {
+        match sys::receive(socket.as_fd(), buffer, RecvFlags::DONTWAIT) {
+            Ok((len, _)) if len > 0 => {
+                // What an instance says is input: a message that is none is passed over.
+                if let Ok(event) = serde_json::from_slice(&buffer[..len]) {
+                    shared.event(number, event);
+                }
+            }
+            Err(error) if error.errno() == libc::EAGAIN => return,
+            _ => return shared.closed(number),
+        }
+    }
+}

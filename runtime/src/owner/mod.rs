@@ -1,0 +1,370 @@
+//! The process that runs a tree of instances: starts roots, hears from every child, and asks them
+//! for things.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use runtime::owner::Owner;
+//! use runtime::proto::InstanceConfig;
+//!
+//! runtime::owner::instance_if_asked(); // first line of main: instances are this same program
+//! let owner = Owner::new()?;
+//! let root = owner.start(InstanceConfig::default())?;
+//! let children = owner.branch(root, 2)?;
+//! assert_eq!(children.len(), 2);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! When the owner goes, its instances end.
+#![expect(unsafe_code, reason = "an inherited descriptor is moved into place and adopted")]
+
+mod listen;
+mod state;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+pub use state::{Known, Listener};
+use state::Shared;
+
+use crate::fork::{ForkReport, Step};
+use crate::proto::{Envelope, Failure, InstanceConfig, Reply, Request, Stats, WireStep};
+use crate::sys::{self, SysError};
+
+/// Argument that makes a program an instance.
+const INSTANCE: &str = "__instance";
+/// Descriptor of an instance's connection to its owner.
+const LINE: i32 = 3;
+/// How long a request may take unless said otherwise.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What an owner can hear.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnerError {
+    /// A system call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// An instance refused.
+    #[error("{}", .0.message)]
+    Refused(Failure),
+    /// There is no such instance, or no more.
+    #[error("there is no instance {0}")]
+    Unknown(Uuid),
+    /// An instance ended while it was waited for.
+    #[error("instance {uuid} ended with code {code}{}", reason(.why))]
+    Ended {
+        /// The instance.
+        uuid: Uuid,
+        /// Its exit code.
+        code: i32,
+        /// Why, if it did not end by itself.
+        why: Option<String>,
+    },
+    /// Nothing came in time.
+    #[error("no {what} within {waited_ms} ms")]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        waited_ms: u128,
+    },
+}
+
+fn reason(why: &Option<String>) -> String {
+    why.as_ref().map_or_else(String::new, |why| format!(": {why}"))
+}
+
+impl OwnerError {
+    /// The step and errno of a fork that failed.
+    #[must_use]
+    pub fn fork_failure(&self) -> Option<(Step, i32)> {
+        match self {
+            Self::Refused(failure) => failure.step.map(|step| (step, failure.errno)),
+            _ => None,
+        }
+    }
+}
+
+/// If this process was started as an instance, it becomes one and does not return. To be called
+/// first in `main`, before any thread is started.
+pub fn instance_if_asked() {
+    if std::env::args_os().nth(1).is_some_and(|word| word == INSTANCE) {
+        // SAFETY: `Owner::start` put the connection there, and nothing has touched it since.
+        let line = unsafe { sys::adopt(LINE) };
+        std::process::exit(crate::instance::run_root(line));
+    }
+}
+
+/// Runs instances.
+#[derive(Debug)]
+pub struct Owner {
+    shared: Arc<Shared>,
+    folder: PathBuf,
+    roots: Mutex<Vec<Child>>,
+}
+
+impl Owner {
+    /// An owner without instances.
+    ///
+    /// # Errors
+    ///
+    /// If its socket cannot be made.
+    pub fn new() -> Result<Self, SysError> {
+        Self::with_listener(Box::new(|_, _| {}))
+    }
+
+    /// An owner that tells `listener` every event, on its own thread.
+    ///
+    /// # Errors
+    ///
+    /// If its socket cannot be made.
+    pub fn with_listener(listener: Listener) -> Result<Self, SysError> {
+        let folder = listen::private_folder()?;
+        let socket = listen::socket(&folder.join("owner"))?;
+        let shared = Shared::new(listener)?;
+        listen::start(&shared, socket)?;
+        Ok(Self { shared, folder, roots: Mutex::default() })
+    }
+
+    /// Starts a root instance and returns when it runs.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be started.
+    pub fn start(&self, mut config: InstanceConfig) -> Result<Uuid, OwnerError> {
+        config.owner = self.folder.join("owner");
+        let (ours, theirs) = sys::socket_pair()?;
+        let child = spawn(&theirs)?;
+        drop(theirs);
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+        let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
+        listen::send(&ours, &request)?;
+        let number = self.shared.adopt(ours)?;
+        self.shared.wait("start of the instance", PATIENCE, |state| {
+            match state.connection(number) {
+                Some(connection) if connection.uuid.is_some() => connection.uuid.map(Ok),
+                Some(connection) => connection.exit.clone().map(|(code, why)| {
+                    Err(OwnerError::Ended { uuid: Uuid::nil(), code, why })
+                }),
+                None => Some(Err(OwnerError::Unknown(Uuid::nil()))),
+            }
+        })?
+    }
+
+    /// Asks an instance for something.
+    ///
+    /// # Errors
+    ///
+    /// Its refusal, or that it is gone.
+    pub fn ask(&self, uuid: Uuid, request: Request) -> Result<Reply, OwnerError> {
+        let id = self.shared.send(uuid, request)?;
+        self.shared.wait("answer", PATIENCE, |state| {
+            let known = match state.instance(uuid) {
+                Ok(known) => known,
+                Err(error) => return Some(Err(error)),
+            };
+            if let Some(result) = known.replies.remove(&id) {
+                return Some(result.map_err(OwnerError::Refused));
+            }
+            known.ended(uuid).map(Err)
+        })?
+    }
+
+    /// Forks an instance from the host's side.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed ([`OwnerError::fork_failure`]).
+    pub fn branch(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
+        match self.ask(uuid, Request::Branch { children })? {
+            Reply::Forked { children } => Ok(children),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Counters of an instance.
+    ///
+    /// # Errors
+    ///
+    /// That it is gone.
+    pub fn stats(&self, uuid: Uuid) -> Result<Stats, OwnerError> {
+        match self.ask(uuid, Request::Stats)? {
+            Reply::Stats(stats) => Ok(stats),
+            _ => Ok(Stats::default()),
+        }
+    }
+
+    /// Starts a program on a vCPU of a bare guest; returns its sequence number.
+    ///
+    /// # Errors
+    ///
+    /// Its refusal.
+    pub fn program(&self, uuid: Uuid, vcpu: u32, steps: &[WireStep]) -> Result<u64, OwnerError> {
+        match self.ask(uuid, Request::Program { vcpu, steps: steps.to_vec() })? {
+            Reply::Started { seq } => Ok(seq),
+            _ => Ok(0),
+        }
+    }
+
+    /// Results of a program that was started in this instance or, before it was forked, in its
+    /// parent.
+    ///
+    /// # Errors
+    ///
+    /// That the instance ended, or took too long.
+    pub fn results(
+        &self,
+        uuid: Uuid,
+        vcpu: u32,
+        seq: u64,
+        time: Duration,
+    ) -> Result<Vec<u64>, OwnerError> {
+        self.shared.wait("results of a program", time, |state| {
+            let Some(known) = state.maybe_instance(uuid) else { return None };
+            if let Some(results) = known.results.remove(&(vcpu, seq)) {
+                return Some(Ok(results));
+            }
+            known.ended(uuid).map(Err)
+        })?
+    }
+
+    /// Runs a program to its end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Owner::program`] and [`Owner::results`].
+    pub fn run(&self, uuid: Uuid, steps: &[WireStep]) -> Result<Vec<u64>, OwnerError> {
+        let seq = self.program(uuid, 0, steps)?;
+        self.results(uuid, 0, seq, PATIENCE)
+    }
+
+    /// The next report of a fork that was not taken yet.
+    ///
+    /// # Errors
+    ///
+    /// That the instance ended, or took too long.
+    pub fn next_fork(&self, uuid: Uuid, time: Duration) -> Result<ForkReport, OwnerError> {
+        self.shared.wait("report of a fork", time, |state| {
+            let known = match state.instance(uuid) {
+                Ok(known) => known,
+                Err(error) => return Some(Err(error)),
+            };
+            if let Some(report) = known.forks.pop_front() {
+                return Some(Ok(report));
+            }
+            known.ended(uuid).map(Err)
+        })?
+    }
+
+    /// Waits until an instance has called.
+    ///
+    /// # Errors
+    ///
+    /// That it did not in time.
+    pub fn wait_for(&self, uuid: Uuid, time: Duration) -> Result<(), OwnerError> {
+        self.shared.wait("call of a child", time, |state| state.maybe_instance(uuid).map(|_| ()))
+    }
+
+    /// Waits until an instance has ended; its exit code, 137 if it was killed.
+    ///
+    /// # Errors
+    ///
+    /// That it did not in time.
+    pub fn wait_exit(
+        &self,
+        uuid: Uuid,
+        time: Duration,
+    ) -> Result<(i32, Option<String>), OwnerError> {
+        self.shared.wait("end of an instance", time, |state| match state.instance(uuid) {
+            Ok(known) => known.gone.then(|| Ok(known.exit.clone().unwrap_or((137, None)))),
+            Err(error) => Some(Err(error)),
+        })?
+    }
+
+    /// Ends an instance at once.
+    ///
+    /// # Errors
+    ///
+    /// That there is none.
+    pub fn kill(&self, uuid: Uuid) -> Result<(), OwnerError> {
+        let mut state = self.shared.state();
+        state.instance(uuid)?.kill();
+        Ok(())
+    }
+
+    /// Forgets an instance that has ended.
+    pub fn forget(&self, uuid: Uuid) {
+        self.shared.state().forget(uuid);
+    }
+
+    /// What is known of an instance.
+    ///
+    /// # Errors
+    ///
+    /// That there is none.
+    pub fn with<R>(&self, uuid: Uuid, f: impl FnOnce(&mut Known) -> R) -> Result<R, OwnerError> {
+        self.shared.state().instance(uuid).map(f)
+    }
+
+    /// All instances that run.
+    #[must_use]
+    pub fn alive(&self) -> Vec<Uuid> {
+        self.shared.state().alive()
+    }
+
+    /// Waits until `f` gives something; it is asked again whenever anything happens.
+    ///
+    /// # Errors
+    ///
+    /// That it did not in time.
+    pub fn wait_until<R>(
+        &self,
+        what: &'static str,
+        time: Duration,
+        mut f: impl FnMut(&[Uuid]) -> Option<R>,
+    ) -> Result<R, OwnerError> {
+        self.shared.wait(what, time, |state| f(&state.alive()))
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shared.state().kill_all();
+        let end = Instant::now() + Duration::from_secs(10);
+        while !self.shared.state().all_gone() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        for root in self.roots.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            // It was killed above, so this only reaps.
+            drop(root.wait());
+        }
+        self.shared.stop();
+        drop(std::fs::remove_dir_all(&self.folder));
+    }
+}
+
+/// Starts this program as an instance whose connection is `line`.
+fn spawn(line: &OwnedFd) -> Result<Child, SysError> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(INSTANCE).stdin(Stdio::null()).process_group(0);
+    let fd = line.as_raw_fd();
+    let place = move || {
+        // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory. A descriptor that is
+        // in its place already only loses its close-on-exec flag.
+        let result = unsafe {
+            if fd == LINE { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LINE) }
+        };
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: `place` does nothing that is forbidden between fork and exec.
+    unsafe {
+        command.pre_exec(place);
+    }
+    command.spawn().map_err(|source| SysError { call: "starting an instance", source })
+}

@@ -1,0 +1,280 @@
+//! What an owner knows of its instances.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::process::{Pid, PidfdFlags, Signal};
+use uuid::Uuid;
+
+use super::{OwnerError, listen};
+use crate::fork::ForkReport;
+use crate::proto::{Envelope, Event, Failure, Reply, Request};
+use crate::sys::SysError;
+
+/// Told every event, with the instance that it comes from.
+pub type Listener = Box<dyn Fn(Uuid, &Event) + Send + Sync>;
+
+/// An instance, as its owner knows it.
+#[derive(Debug)]
+pub struct Known {
+    /// Its parent.
+    pub parent: Option<Uuid>,
+    /// Its process.
+    pub pid: i32,
+    /// When it called, in nanoseconds of the monotonic clock.
+    pub called_ns: u64,
+    /// Results of programs by vCPU and sequence number.
+    pub results: HashMap<(u32, u64), Vec<u64>>,
+    /// Forks not yet taken.
+    pub forks: VecDeque<ForkReport>,
+    /// Console output.
+    pub console: Vec<u8>,
+    /// Lines for the log.
+    pub notes: Vec<String>,
+    /// How long arming took.
+    pub armed_us: Option<u64>,
+    /// Exit code and reason, once it has said so.
+    pub exit: Option<(i32, Option<String>)>,
+    /// Its connection is closed.
+    pub gone: bool,
+    pub(super) replies: HashMap<u64, Result<Reply, Failure>>,
+    process: Option<OwnedFd>,
+    connection: u64,
+}
+
+impl Known {
+    pub(super) fn ended(&self, uuid: Uuid) -> Option<OwnerError> {
+        self.gone.then(|| {
+            let (code, why) = self.exit.clone().unwrap_or((137, None));
+            OwnerError::Ended { uuid, code, why }
+        })
+    }
+
+    pub(super) fn kill(&self) {
+        if let Some(process) = &self.process {
+            // ESRCH: it has ended by itself.
+            rustix::process::pidfd_send_signal(process, Signal::KILL).unwrap_or(());
+        }
+    }
+}
+
+/// A connection, from the moment it is made.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) socket: Arc<OwnedFd>,
+    pub(super) uuid: Option<Uuid>,
+    pub(super) exit: Option<(i32, Option<String>)>,
+}
+
+/// Behind the lock.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    connections: HashMap<u64, Connection>,
+    instances: HashMap<Uuid, Known>,
+    next: u64,
+    next_request: u64,
+    pub(super) stopped: bool,
+}
+
+/// Shared by the owner and its listening thread.
+pub(super) struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    pub(super) epoll: OwnedFd,
+    listener: Listener,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(super) fn new(listener: Listener) -> Result<Arc<Self>, SysError> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create"))?;
+        let state = Mutex::new(State { next: 1, ..State::default() });
+        Ok(Arc::new(Self { state, changed: Condvar::new(), epoll, listener }))
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn stop(&self) {
+        self.state().stopped = true;
+    }
+
+    /// Listens to a connection from now on.
+    pub(super) fn adopt(&self, socket: OwnedFd) -> Result<u64, SysError> {
+        let mut state = self.state();
+        let number = state.next;
+        state.next += 1;
+        epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(number), epoll::EventFlags::IN)
+            .map_err(SysError::new("epoll_ctl"))?;
+        let connection = Connection { socket: Arc::new(socket), uuid: None, exit: None };
+        state.connections.insert(number, connection);
+        Ok(number)
+    }
+
+    /// Sends a request and returns its number.
+    pub(super) fn send(&self, uuid: Uuid, request: Request) -> Result<u64, OwnerError> {
+        let (socket, id) = {
+            let mut state = self.state();
+            state.next_request += 1;
+            let id = state.next_request;
+            let known = state.instance(uuid)?;
+            if let Some(error) = known.ended(uuid) {
+                return Err(error);
+            }
+            let number = known.connection;
+            let connection = state.connection(number).ok_or(OwnerError::Unknown(uuid))?;
+            (connection.socket.clone(), id)
+        };
+        listen::send(&socket, &Envelope { id, request })?;
+        Ok(id)
+    }
+
+    /// Waits until `f` gives something.
+    pub(super) fn wait<R>(
+        &self,
+        what: &'static str,
+        time: Duration,
+        mut f: impl FnMut(&mut State) -> Option<R>,
+    ) -> Result<R, OwnerError> {
+        let begin = Instant::now();
+        let mut state = self.state();
+        loop {
+            if let Some(result) = f(&mut state) {
+                return Ok(result);
+            }
+            let Some(left) = time.checked_sub(begin.elapsed()) else {
+                return Err(OwnerError::Timeout { what, waited_ms: time.as_millis() });
+            };
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Takes in what came over connection `number`.
+    pub(super) fn event(&self, number: u64, event: Event) {
+        let mut state = self.state();
+        if let Some(uuid) = state.event(number, &event) {
+            drop(state);
+            (self.listener)(uuid, &event);
+            state = self.state();
+            if let Some(known) = state.instances.get_mut(&uuid) {
+                known.keep(event);
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// The other end of connection `number` is gone.
+    pub(super) fn closed(&self, number: u64) {
+        let mut state = self.state();
+        if let Some(connection) = state.connections.remove(&number) {
+            // Without this the descriptor would stay in the set until its last copy is closed.
+            epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
+            if let Some(known) = connection.uuid.and_then(|uuid| state.instances.get_mut(&uuid)) {
+                known.gone = true;
+            } else {
+                let exit = connection.exit.clone().or(Some((137, None)));
+                state.connections.insert(number, Connection { exit, ..connection });
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+impl State {
+    pub(super) fn connection(&mut self, number: u64) -> Option<&mut Connection> {
+        self.connections.get_mut(&number)
+    }
+
+    pub(super) fn instance(&mut self, uuid: Uuid) -> Result<&mut Known, OwnerError> {
+        self.instances.get_mut(&uuid).ok_or(OwnerError::Unknown(uuid))
+    }
+
+    pub(super) fn maybe_instance(&mut self, uuid: Uuid) -> Option<&mut Known> {
+        self.instances.get_mut(&uuid)
+    }
+
+    pub(super) fn alive(&self) -> Vec<Uuid> {
+        self.instances.iter().filter(|(_, known)| !known.gone).map(|(uuid, _)| *uuid).collect()
+    }
+
+    pub(super) fn forget(&mut self, uuid: Uuid) {
+        if self.instances.get(&uuid).is_some_and(|known| known.gone) {
+            self.instances.remove(&uuid);
+        }
+    }
+
+    pub(super) fn kill_all(&mut self) {
+        for known in self.instances.values() {
+            known.kill();
+        }
+    }
+
+    pub(super) fn all_gone(&self) -> bool {
+        self.instances.values().all(|known| known.gone)
+    }
+
+    /// The instance that `event` comes from, made known if it says hello.
+    fn event(&mut self, number: u64, event: &Event) -> Option<Uuid> {
+        let connection = self.connections.get_mut(&number)?;
+        match event {
+            Event::Hello { uuid, parent, pid, .. } => {
+                connection.uuid = Some(*uuid);
+                let process = Pid::from_raw(*pid)
+                    .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
+                let known = Known {
+                    parent: *parent,
+                    pid: *pid,
+                    called_ns: crate::sys::now_ns(),
+                    results: HashMap::new(),
+                    forks: VecDeque::new(),
+                    console: Vec::new(),
+                    notes: Vec::new(),
+                    armed_us: None,
+                    exit: None,
+                    gone: false,
+                    replies: HashMap::new(),
+                    process,
+                    connection: number,
+                };
+                self.instances.insert(*uuid, known);
+            }
+            Event::Exited { code, reason } => connection.exit = Some((*code, reason.clone())),
+            _ => {}
+        }
+        connection.uuid
+    }
+}
+
+impl Known {
+    fn keep(&mut self, event: Event) {
+        match event {
+            Event::Hello { .. } => {}
+            Event::Reply { id, result } => {
+                self.replies.insert(id, result);
+            }
+            Event::Forked(report) => self.forks.push_back(*report),
+            Event::Armed { took_us } => self.armed_us = Some(took_us),
+            Event::Done { vcpu, seq, results } => {
+                self.results.insert((vcpu, seq), results);
+            }
+            Event::Console { bytes } => self.console.extend(bytes),
+            Event::Note { text } => self.notes.push(text),
+            Event::Exited { code, reason } => self.exit = Some((code, reason)),
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! What an instance and its owner say to each other: JSON messages over a socket that keeps
+//! message borders.
+//!
+//! The owner is the process that runs a tree of instances: `runtime run`, the bench, a test.
+
+use std::path::PathBuf;
+
+use guest_abi::param::{RESULTS, STEPS, Step as ProgramStep};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::fork::{ForkReport, Step};
+use crate::kvm::DirtyMode;
+use crate::memory::BackingKind;
+
+/// Longest message in bytes.
+pub const MAX_MESSAGE: usize = 128 * 1024;
+
+/// How an instance is made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InstanceConfig {
+    /// Guest RAM in MiB.
+    pub memory_mib: u32,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Pages below the image.
+    pub backing: BackingKind,
+    /// How dirty pages are tracked.
+    pub dirty: DirtyMode,
+    /// Entries of each vCPU's dirty ring.
+    pub ring_entries: u32,
+    /// The same in children.
+    pub child_ring_entries: u32,
+    /// Standbys kept ready.
+    pub standbys: u32,
+    /// The same in children.
+    pub child_standbys: u32,
+    /// Whether zygote and standbys are kept up to date while the guest runs.
+    pub sync: bool,
+    /// Whether standbys run ahead once.
+    pub rehearse: bool,
+    /// Whether standbys are put under `SCHED_FIFO` until their first exit, where allowed.
+    pub realtime: bool,
+    /// Processors for vCPU threads (bit n: processor n); 0 for all.
+    pub vcpu_cpus: u64,
+    /// Processors for standbys until their first exit; 0 for all.
+    pub standby_cpus: u64,
+    /// Where the owner listens for children.
+    pub owner: PathBuf,
+    /// Bare guest: a static ELF, see `guest/bare/ABI.md`.
+    pub bare: PathBuf,
+}
+
+impl Default for InstanceConfig {
+    fn default() -> Self {
+        Self {
+            memory_mib: 512,
+            vcpus: 1,
+            backing: BackingKind::default(),
+            dirty: DirtyMode::default(),
+            ring_entries: 16384,
+            child_ring_entries: 4096,
+            standbys: 1,
+            child_standbys: 0,
+            sync: true,
+            rehearse: true,
+            realtime: true,
+            vcpu_cpus: 0,
+            standby_cpus: 0,
+            owner: PathBuf::new(),
+            bare: PathBuf::new(),
+        }
+    }
+}
+
+/// From the owner to an instance.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// First message to a root instance.
+    Start(Box<InstanceConfig>),
+    /// Makes the instance forkable.
+    Arm,
+    /// Forks this many children.
+    Branch {
+        /// 1 to 128.
+        children: u32,
+    },
+    /// Keeps this many standbys ready from now on, and answers once they are.
+    Standbys {
+        /// Number.
+        count: u32,
+    },
+    /// Switches background sync.
+    Sync {
+        /// On or off.
+        on: bool,
+    },
+    /// Runs a program on a vCPU of a bare guest.
+    Program {
+        /// The vCPU.
+        vcpu: u32,
+        /// At most [`STEPS`].
+        steps: Vec<WireStep>,
+    },
+    /// Makes a step of the next fork fail.
+    Fault {
+        /// The step.
+        step: Option<Step>,
+        /// Errno, [`crate::fork::FAULT_KILL`] or [`crate::fork::FAULT_DELAY`].
+        errno: u32,
+        /// For a delay.
+        delay_us: u32,
+    },
+    /// Kills the zygote, as a test.
+    KillZygote,
+    /// Stops all vCPUs.
+    Pause,
+    /// Lets them go on.
+    Resume,
+    /// Counters.
+    Stats,
+    /// Ends the instance.
+    Stop {
+        /// Exit code.
+        code: i32,
+    },
+}
+
+/// A program step as sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireStep {
+    /// See `guest_abi::param::op`.
+    pub op: u32,
+    /// See `guest_abi::param::who`.
+    pub who: u16,
+    /// First result word.
+    pub result: u16,
+    /// Arguments.
+    pub args: [u64; 4],
+}
+
+impl From<WireStep> for ProgramStep {
+    fn from(step: WireStep) -> Self {
+        Self { op: step.op, who: step.who, result: step.result, args: step.args }
+    }
+}
+
+/// A request with the number that its reply repeats.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Envelope {
+    /// Chosen by the owner.
+    pub id: u64,
+    /// The request.
+    pub request: Request,
+}
+
+/// From an instance to its owner.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Event {
+    /// First message of every instance.
+    Hello {
+        /// Its UUID.
+        uuid: Uuid,
+        /// Its parent's.
+        parent: Option<Uuid>,
+        /// Its process.
+        pid: i32,
+        /// vCPUs.
+        vcpus: u32,
+        /// Guest RAM.
+        memory_mib: u32,
+    },
+    /// Answer to the request with that number.
+    Reply {
+        /// The number.
+        id: u64,
+        /// What came of it.
+        result: Result<Reply, Failure>,
+    },
+    /// A fork is over.
+    Forked(Box<ForkReport>),
+    /// Armed.
+    Armed {
+        /// How long it took, in microseconds.
+        took_us: u64,
+    },
+    /// A program has ended.
+    Done {
+        /// The vCPU.
+        vcpu: u32,
+        /// Sequence number.
+        seq: u64,
+        /// The results.
+        results: Vec<u64>,
+    },
+    /// Console output.
+    Console {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// One line for the log.
+    Note {
+        /// The line.
+        text: String,
+    },
+    /// The instance ends.
+    Exited {
+        /// Exit code.
+        code: i32,
+        /// Why, if it was not asked for.
+        reason: Option<String>,
+    },
+}
+
+/// A good answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// A program was started with that sequence number.
+    Started {
+        /// The sequence number.
+        seq: u64,
+    },
+    /// A fork was made.
+    Forked {
+        /// The children.
+        children: Vec<Uuid>,
+    },
+    /// Counters.
+    Stats(Stats),
+}
+
+/// A bad answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// The step of a fork, if it was one.
+    pub step: Option<Step>,
+    /// Errno.
+    pub errno: i32,
+    /// The whole chain of reasons.
+    pub message: String,
+}
+
+/// Counters of an instance.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Stats {
+    /// Forks made.
+    pub forks: u64,
+    /// Forks failed.
+    pub failed: u64,
+    /// Standbys ready.
+    pub standbys: u32,
+    /// Standbys being made.
+    pub preparing: u32,
+    /// Sync rounds.
+    pub rounds: u64,
+    /// Pages shipped by them.
+    pub synced_pages: u64,
+    /// Pages that a fork now would have to copy, as far as is known.
+    pub pending_pages: u32,
+    /// Process id of the zygote.
+    pub zygote_pid: i32,
+    /// CPU time of this process in nanoseconds.
+    pub cpu_ns: u64,
+    /// CPU time of the zygote in nanoseconds.
+    pub zygote_cpu_ns: u64,
+    /// Time that the last standby took to make, in nanoseconds.
+    pub prewarm_ns: u64,
+}
+
+const _: () = assert!(STEPS * 256 + RESULTS * 24 < MAX_MESSAGE);
