@@ -227,6 +227,25 @@ pub fn set_affinity(mask: u64) -> Result<(), SysError> {
     rustix::thread::sched_setaffinity(None, &set).map_err(SysError::new("sched_setaffinity"))
 }
 
+/// Restricts another thread to the processors of `mask`.
+///
+/// # Errors
+///
+/// `ESRCH` if it is gone, `EPERM` if it belongs to somebody else.
+pub fn set_affinity_of(tid: i32, mask: u64) -> Result<(), SysError> {
+    // SAFETY: the mask is 8 bytes, which is a valid length of a CPU mask.
+    let result = unsafe {
+        libc::syscall(libc::SYS_sched_setaffinity, tid, size_of::<u64>(), &raw const mask)
+    };
+    if result < 0 { Err(SysError::last("sched_setaffinity")) } else { Ok(()) }
+}
+
+/// The processor that the caller runs on.
+#[must_use]
+pub fn current_cpu() -> u32 {
+    u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(0)
+}
+
 /// Processors that the calling thread may use, of the first 64 (bit n: processor n).
 #[must_use]
 pub fn affinity() -> u64 {

@@ -115,6 +115,8 @@ pub struct Base {
 pub struct Header {
     /// Injected fault.
     pub fault: Fault,
+    /// 1 + the processor on which a vCPU of the parent was last seen; 0: not seen yet.
+    pub vcpu_cpu: AtomicU32,
     /// End of the journal for a standby that is asked to [`word::SYNC`].
     pub head: AtomicU32,
     /// Highest number of journal entries ever used, so that standbys map as many.
@@ -169,6 +171,10 @@ pub struct Slot {
     pub tail: AtomicU32,
     /// Why its word is [`word::FAILED`], as in [`decision::failed`].
     pub failure: AtomicU32,
+    /// Thread that wakes up at the fork.
+    pub tid: AtomicU32,
+    /// 1 + the processor that this thread keeps away from; 0: none.
+    pub avoids: AtomicU32,
     /// End of the announced window, nanoseconds of the monotonic clock.
     pub spin_until_ns: AtomicU64,
     /// Pages applied at the fork …

@@ -11,7 +11,7 @@ use super::standby;
 use super::step::{ForkCause, ForkError, Moment, Step};
 use crate::instance::Instance;
 use crate::kvm::{KvmError, Vcpu};
-use crate::sys::{futex_wait, futex_wake, now_ns};
+use crate::sys::{current_cpu, futex_wait, futex_wake, now_ns, set_affinity_of};
 
 /// How long the other vCPUs may take to leave the guest.
 const QUIESCE: Duration = Duration::from_secs(1);
@@ -41,7 +41,7 @@ impl Engine {
         let fault = &link.header().fault;
 
         fault.check(Step::Wake)?;
-        self.wake(link);
+        self.wake(instance);
         block.stamps.stamp(Moment::Woken);
 
         fault.check(Step::Quiesce)?;
@@ -72,10 +72,19 @@ impl Engine {
         Ok(())
     }
 
-    /// Wakes the standbys of this fork.
-    fn wake(&self, link: &Link) {
+    /// Wakes the standbys of this fork, on any processor but this one: the scheduler would like to
+    /// put them here, where they would wait for us or, with real-time priority, push us aside.
+    fn wake(&self, instance: &Instance) {
+        let here = current_cpu();
+        instance.link().header().vcpu_cpu.store(here + 1, Ordering::Relaxed);
+        let elsewhere = instance.standby_cpus() & !(1_u64 << (here % 64));
         for slot in self.flight_slots() {
-            let slot = link.slot(slot);
+            let slot = instance.link().slot(slot);
+            if elsewhere != 0 && slot.avoids.swap(here + 1, Ordering::Relaxed) != here + 1 {
+                let tid = slot.tid.load(Ordering::Relaxed).cast_signed();
+                // A thread that is gone is found dead by `outcome`.
+                set_affinity_of(tid, elsewhere).unwrap_or(());
+            }
             // A standby that spins sees the word; one that sleeps needs the call.
             if slot.word.swap(word::GO, Ordering::AcqRel) != word::ANNOUNCED {
                 futex_wake(&slot.word);

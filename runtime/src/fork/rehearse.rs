@@ -15,14 +15,26 @@ use crate::sys::{self, KickTimer};
 /// How long a rehearsal may run. A guest that computes without leaving is stopped here.
 const LIMIT_US: i64 = 300;
 
-/// Runs `vcpu` from `base` to its first exit. Whatever the exit asks for is not done: a port write
-/// goes nowhere, a port read gives what the page held before.
-pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState) -> Result<(), ForkCause> {
+/// Gives `vcpu` the state `base` and, if `rehearsing`, runs it to its first exit, twice: the first
+/// run takes the faults, the second finds everything in place and warms what the first's faults
+/// threw out. Whatever the exit asks for is not done: a port write goes nowhere, a port read gives
+/// what the page held before.
+///
+/// Afterwards only what differs is set back: setting segment and control registers again would make
+/// KVM drop the page tables that this was all about.
+pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState, rehearsing: bool) -> Result<(), ForkCause> {
     vcpu.restore(base, None)?;
-    let timer = KickTimer::start(LIMIT_US)?;
-    vcpu.run()?;
-    drop(timer);
-    vcpu.settle()?;
+    if rehearsing {
+        let mut after = Box::new(VcpuState::default());
+        for _ in 0..2 {
+            let timer = KickTimer::start(LIMIT_US)?;
+            vcpu.run()?;
+            drop(timer);
+            vcpu.settle()?;
+            vcpu.save(&mut after)?;
+            vcpu.restore(base, Some(&after))?;
+        }
+    }
     Ok(())
 }
 

@@ -206,14 +206,11 @@ fn prepare_with(
         instance.spawn_vcpu(vcpu.index(), move || follow(&shared, vcpu)).map_err(failed)?;
     }
     sys::install_kick_handler().map_err(failed)?;
-    if rehearsing {
-        rehearse::run(&mut leader, &shared.base.vcpus[0]).map_err(failed)?;
-    }
+    rehearse::run(&mut leader, &shared.base.vcpus[0], rehearsing).map_err(failed)?;
     shared.meeting.wait();
     for page in rehearse::roll_back(&instance).map_err(failed)? {
         applier.note(page);
     }
-    leader.restore(&shared.base.vcpus[0], None).map_err(failed)?;
     shared.meeting.wait();
     Ok((Standby { shared, applier }, leader))
 }
@@ -237,12 +234,14 @@ impl Standby {
     fn park_and_go(mut self, mut vcpu: Vcpu) -> Result<i32, ForkError> {
         let shared = self.shared.clone();
         let instance = shared.instance.clone();
-        instance.prepare_thread();
         let slot = shared.link.slot(shared.slot);
+        let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
+        instance.prepare_thread(avoid);
+        slot.tid.store(sys::thread_id().cast_unsigned(), Ordering::Relaxed);
+        slot.avoids.store(avoid, Ordering::Relaxed);
         slot.word.store(word::PARKED, Ordering::Release);
         shared.link.ring();
-        self.park()?;
-        let faults = minor_faults();
+        let faults = self.park()?;
         slot.stamps.stamp(Moment::Awake);
         shared.set_stage(1);
         let applied = self.apply_fork()?;
@@ -259,7 +258,7 @@ impl Standby {
         if rang == 0 {
             slot.stamps.stamp(Moment::Exited);
         }
-        slot.faults.store(u32::try_from(minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
+        slot.faults.store(u32::try_from(sys::minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
         slot.applied.store(applied.pages, Ordering::Relaxed);
         slot.applied_private.store(applied.private, Ordering::Relaxed);
         slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
@@ -274,13 +273,14 @@ impl Standby {
         Ok(instance.run_leader(vcpu, action))
     }
 
-    /// Returns when the word is `GO`.
-    fn park(&mut self) -> Result<(), ForkError> {
+    /// Returns when the word is `GO`, with the page faults of this process until then.
+    fn park(&mut self) -> Result<u64, ForkError> {
         let shared = self.shared.clone();
         let slot = shared.link.slot(shared.slot);
+        let mut faults = sys::minor_faults();
         loop {
             match slot.word.load(Ordering::Acquire) {
-                word::GO => return Ok(()),
+                word::GO => return Ok(faults),
                 word::SYNC => {
                     let head = shared.link.header().head.load(Ordering::Acquire);
                     self.apply_to(head)?;
@@ -293,6 +293,7 @@ impl Standby {
                     if parked.is_ok() {
                         shared.link.ring();
                     }
+                    faults = sys::minor_faults();
                 }
                 word::ANNOUNCED if now_ns() < slot.spin_until_ns.load(Ordering::Relaxed) => {
                     // No pause instruction: under a hypervisor it may leave the processor.
@@ -452,14 +453,12 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     let instance = &shared.instance;
     let index = vcpu.index() as usize;
     let base = &shared.base.vcpus[index];
-    if instance.config().rehearse {
-        rehearse::run(&mut vcpu, base).map_err(ForkError::at(Step::Prewarm))?;
-    }
+    let rehearsing = instance.config().rehearse;
+    rehearse::run(&mut vcpu, base, rehearsing).map_err(ForkError::at(Step::Prewarm))?;
+    // Everybody has stopped; the leader rolls memory back.
     shared.meeting.wait();
-    // The leader rolls memory back.
-    vcpu.restore(base, None).map_err(failed(Step::Prewarm))?;
     shared.meeting.wait();
-    instance.prepare_thread();
+    instance.prepare_thread(0);
     while shared.stage.load(Ordering::Acquire) == 0 {
         futex_wait(&shared.stage, 0, None);
     }
@@ -486,9 +485,4 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     instance.settle_thread();
     instance.run_vcpu(vcpu, action);
     Ok(())
-}
-
-/// Minor page faults of this process so far.
-fn minor_faults() -> u64 {
-    sys::minor_faults()
 }

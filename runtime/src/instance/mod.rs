@@ -79,6 +79,7 @@ pub struct Instance {
     alive: AtomicBool,
     ready: AtomicBool,
     exit_code: AtomicI32,
+    standby_cpus: u64,
     /// Futex: changes when the control thread has done something that a waiting fork waits for.
     news: AtomicU32,
 }
@@ -92,10 +93,15 @@ impl Instance {
     pub fn assemble(birth: Birth) -> Result<Arc<Self>, MemoryError> {
         let layout = RamLayout::new(birth.config.memory_mib);
         let ram = guest_ram(&birth.mapping, &layout)?;
+        let standby_cpus = match birth.config.standby_cpus {
+            0 => sys::affinity(),
+            mask => mask,
+        };
         let programs = birth.kicks.iter().map(|_| AtomicU64::new(0)).collect();
         Ok(Arc::new(Self {
             ram,
             gate: Gate::new(birth.kicks.into_iter()),
+            standby_cpus,
             config: birth.config,
             identity: birth.identity,
             parent: birth.parent,
@@ -242,13 +248,23 @@ impl Instance {
             .map_err(|source| SysError { call: "starting a vCPU thread", source })
     }
 
+    /// Processors that standbys may run on (bit n: processor n, of the first 64).
+    #[must_use]
+    pub fn standby_cpus(&self) -> u64 {
+        self.standby_cpus
+    }
+
     /// Prepares the calling thread for the critical moments of a standby: real-time priority where
     /// it is allowed, and the processors that the configuration names.
-    pub fn prepare_thread(&self) {
-        if self.config.standby_cpus != 0 {
-            // A mask that names no processor of this host is reported by the root instance.
-            sys::set_affinity(self.config.standby_cpus).unwrap_or(());
-        }
+    /// `avoid` is 1 + a processor to keep away from.
+    pub fn prepare_thread(&self, avoid: u32) {
+        let avoided = 1_u64.checked_shl(avoid.wrapping_sub(1)).unwrap_or(0);
+        let cpus = match self.standby_cpus & !avoided {
+            0 => self.standby_cpus,
+            cpus => cpus,
+        };
+        // A mask that names no processor of this host is reported by the root instance.
+        sys::set_affinity(cpus).unwrap_or(());
         if self.config.realtime {
             // Without permission the thread stays as it is; `runtime doctor` tells.
             sys::set_realtime(true).unwrap_or(());
@@ -260,11 +276,8 @@ impl Instance {
         if self.config.realtime {
             sys::set_realtime(false).unwrap_or(());
         }
-        if self.config.vcpu_cpus != 0 {
-            sys::set_affinity(self.config.vcpu_cpus).unwrap_or(());
-        } else if self.config.standby_cpus != 0 {
-            sys::set_affinity(u64::MAX).unwrap_or(());
-        }
+        let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
+        sys::set_affinity(cpus).unwrap_or(());
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Vcpu {
     xsave_bytes: u32,
     /// The last exit was an access whose instruction KVM finishes at the next entry.
     unfinished: bool,
+    /// The last exit was an access, and nothing but finishing it has happened since.
+    accessed: bool,
 }
 
 /// Makes a vCPU leave the guest, from any thread.
@@ -71,6 +73,7 @@ impl Vcpu {
             xsave2: host.xsave2,
             xsave_bytes: host.xsave_bytes,
             unfinished: false,
+            accessed: false,
         })
     }
 
@@ -94,6 +97,7 @@ impl Vcpu {
     /// What `KVM_RUN` says.
     pub fn run(&mut self) -> Result<Option<VcpuExit<'_>>, KvmError> {
         self.unfinished = false;
+        self.accessed = false;
         match self.fd.run() {
             Ok(exit) => {
                 self.unfinished = matches!(
@@ -106,6 +110,7 @@ impl Vcpu {
                         | VcpuExit::X86Rdmsr(..)
                         | VcpuExit::X86Wrmsr(..)
                 );
+                self.accessed = self.unfinished;
                 Ok(Some(exit))
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
@@ -128,7 +133,10 @@ impl Vcpu {
         let result = self.run().map(|exit| exit.is_none());
         kick.disarm();
         match result {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                self.accessed = true;
+                Ok(())
+            }
             // Finishing one access can need another exit (a string instruction across a page).
             Ok(false) => self.settle(),
             Err(error) => Err(error),
@@ -153,7 +161,12 @@ impl Vcpu {
         state.lapic = self.fd.get_lapic().map_err(KvmError::ioctl("KVM_GET_LAPIC"))?;
         state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
         state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
-        state.mp = self.fd.get_mp_state().map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?;
+        // A vCPU whose last exit was an access of its own was running.
+        state.mp = if self.accessed {
+            kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE }
+        } else {
+            self.fd.get_mp_state().map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?
+        };
         Ok(())
     }
 
