@@ -464,3 +464,42 @@ pub fn cpu_ns_of(pid: rustix::process::Pid) -> u64 {
     }
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
+
+/// Unmaps pages of this process's private mappings: they show what is below them again.
+///
+/// # Safety
+///
+/// Nothing that was written to the ranges is needed any more.
+///
+/// # Errors
+///
+/// `EINVAL` before Linux 6.13, which allows this only for hints.
+pub unsafe fn unmap_pages(ranges: &[(std::ptr::NonNull<u8>, usize)]) -> Result<(), SysError> {
+    /// `PIDFD_SELF_THREAD_GROUP` (Linux 6.15; before that a pidfd has to be opened).
+    const PIDFD_SELF: libc::c_int = -10_001;
+    let bytes: usize = ranges.iter().map(|(_, bytes)| bytes).sum();
+    // A pointer and a length, in this order: the layout of an iovec.
+    let vectors: Vec<libc::iovec> = ranges
+        .iter()
+        .map(|(start, bytes)| libc::iovec { iov_base: start.as_ptr().cast(), iov_len: *bytes })
+        .collect();
+    // SAFETY: the vectors are valid; giving up the contents is allowed by this function's contract.
+    let advised = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            PIDFD_SELF,
+            vectors.as_ptr(),
+            vectors.len(),
+            libc::MADV_DONTNEED,
+            0,
+        )
+    };
+    match usize::try_from(advised) {
+        Ok(advised) if advised == bytes => Ok(()),
+        Ok(_) => Err(SysError {
+            call: "process_madvise",
+            source: io::ErrorKind::UnexpectedEof.into(),
+        }),
+        Err(_) => Err(SysError::last("process_madvise")),
+    }
+}

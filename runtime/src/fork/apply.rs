@@ -1,20 +1,61 @@
 //! Bringing a process's memory up to date from the journal.
 //!
-//! Cost per page, measured (see ARCHITECTURE.md): 0.2 µs if the page is private to this process
-//! already, about 2 µs by `UFFDIO_COPY` if it is not mapped, 3 µs and more by writing otherwise.
+//! What a page costs depends on whose it is (figures of one noisy run, see ARCHITECTURE.md):
+//!
+//! | the page is | way | µs |
+//! | --- | --- | --- |
+//! | private to this process | copy | 0.2 |
+//! | only in the sealed image | `UFFDIO_COPY`: allocate, fill and map in one step | 2.6 |
+//! | the same, no page table there yet | the same | 3.5 |
+//! | shared with the zygote | unmap many at once, then `UFFDIO_COPY` | 3.3 |
+//! | the same | plain write: fault, copy of the stale page, then ours | 5.1 |
 #![expect(unsafe_code, reason = "copies between the journal and guest memory")]
+
+use std::ptr::NonNull;
 
 use super::link::Link;
 use super::step::ForkCause;
 use super::uffd::{Copied, Uffd};
 use crate::memory::{BackingKind, Mapping, MemoryError, PAGE};
-use crate::sys::SysError;
+use crate::sys::{self, SysError};
 
-/// Writes journal entries to a mapping and knows which pages are private already.
-#[derive(Debug)]
-pub struct Applier {
-    uffd: Option<Uffd>,
-    private: Vec<u64>,
+/// Pages unmapped with one call.
+const BATCH: usize = 512;
+
+/// A set of pages.
+#[derive(Clone, Debug)]
+pub struct PageBits {
+    words: Vec<u64>,
+}
+
+impl PageBits {
+    /// The empty set of pages of `mapping`.
+    #[must_use]
+    pub fn new(mapping: &Mapping) -> Self {
+        Self { words: vec![0; (mapping.bytes() / PAGE).div_ceil(64)] }
+    }
+
+    /// Adds `page`; tells whether it was there.
+    pub fn insert(&mut self, page: u32) -> bool {
+        let Some(word) = self.words.get_mut(page as usize / 64) else { return false };
+        let bit = 1 << (page % 64);
+        let known = *word & bit != 0;
+        *word |= bit;
+        known
+    }
+
+    /// Whether `page` is in the set.
+    #[must_use]
+    pub fn contains(&self, page: u32) -> bool {
+        self.words.get(page as usize / 64).is_some_and(|word| word >> (page % 64) & 1 == 1)
+    }
+
+    /// Its pages in order.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        (0_u32..).zip(&self.words).filter(|(_, word)| **word != 0).flat_map(|(index, word)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| index * 64 + bit)
+        })
+    }
 }
 
 /// What was applied.
@@ -26,57 +67,82 @@ pub struct Applied {
     pub private: u32,
 }
 
+/// Writes journal entries to the mapping of a zygote: plainly, because it is forked again and again
+/// and nothing stays private in it.
+///
+/// # Errors
+///
+/// A page number beyond the image.
+pub fn apply_plainly(
+    link: &Link,
+    mapping: &Mapping,
+    owned: &mut PageBits,
+    from: u32,
+    to: u32,
+) -> Result<(), ForkCause> {
+    for entry in from..to {
+        let page = page_of(link, mapping, entry)?;
+        owned.insert(page);
+        // SAFETY: a page of the journal, which lies in another mapping.
+        unsafe { mapping.copy_in(page, link.contents(entry as usize)) };
+    }
+    Ok(())
+}
+
+/// Writes journal entries to the mapping of a standby, which knows which pages are private to it.
+#[derive(Debug)]
+pub struct Applier {
+    uffd: Option<Uffd>,
+    private: PageBits,
+    /// Pages that its zygote owned when the standby was forked: mapped, and shared with it.
+    inherited: PageBits,
+    /// Whether many pages can be unmapped with one call (Linux 6.13).
+    unmaps: bool,
+    shared: Vec<(u32, u32)>,
+    ranges: Vec<(NonNull<u8>, usize)>,
+}
+
 impl Applier {
-    /// An applier for `mapping`, of which no page is private to this process.
+    /// An applier for `mapping`, of which no page is private to this process and `inherited` are
+    /// shared with its zygote.
     #[must_use]
-    pub fn new(mapping: &Mapping) -> Self {
+    pub fn new(mapping: &Mapping, inherited: PageBits) -> Self {
         // A huge page is copied as a whole or not at all, so filling 4 KiB of it is no use there.
         let uffd = match mapping.kind() {
             BackingKind::Hugetlb => None,
             BackingKind::Small | BackingKind::Thp => Uffd::new(mapping).ok(),
         };
-        Self { uffd, private: vec![0; (mapping.bytes() / PAGE).div_ceil(64)] }
-    }
-
-    /// An applier that writes plainly, for a process that is forked again and again: what is
-    /// private in it does not stay so.
-    #[must_use]
-    pub fn plain(mapping: &Mapping) -> Self {
-        Self { uffd: None, private: vec![0; (mapping.bytes() / PAGE).div_ceil(64)] }
-    }
-
-    /// Remembers that `page` is private; tells whether it was known.
-    fn own(&mut self, page: u32) -> bool {
-        let word = &mut self.private[page as usize / 64];
-        let bit = 1 << (page % 64);
-        let known = *word & bit != 0;
-        *word |= bit;
-        known
+        Self {
+            unmaps: uffd.is_some(),
+            uffd,
+            private: PageBits::new(mapping),
+            inherited,
+            shared: Vec::with_capacity(BATCH),
+            ranges: Vec::with_capacity(BATCH),
+        }
     }
 
     /// Makes `page` private ahead of the fork.
     pub fn touch(&mut self, mapping: &Mapping, page: u32) {
         mapping.touch(page);
-        self.own(page);
+        self.private.insert(page);
     }
 
     /// Notes that `page` was written by the guest and so is private.
     pub fn note(&mut self, page: u32) {
-        self.own(page);
+        self.private.insert(page);
     }
 
     /// Pages that are private to this process: all that may differ from what its zygote has.
     pub fn private_pages(&self) -> impl Iterator<Item = u32> + '_ {
-        (0_u32..).zip(&self.private).flat_map(|(index, word)| {
-            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| index * 64 + bit)
-        })
+        self.private.iter()
     }
 
     /// Applies journal entries `from..to`.
     ///
     /// # Errors
     ///
-    /// A page number beyond the image, or what `UFFDIO_COPY` says.
+    /// A page number beyond the image, or what `UFFDIO_COPY` says. The mapping is of no use then.
     pub fn apply(
         &mut self,
         link: &Link,
@@ -86,30 +152,78 @@ impl Applier {
     ) -> Result<Applied, ForkCause> {
         let mut applied = Applied::default();
         for entry in from..to {
-            let entry = entry as usize;
-            let page = link.number(entry).load(std::sync::atomic::Ordering::Relaxed);
-            if page as usize >= mapping.bytes() / PAGE {
-                return Err(MemoryError::Sys(SysError {
-                    call: "applying a page beyond the image",
-                    source: std::io::ErrorKind::InvalidData.into(),
-                })
-                .into());
-            }
-            let contents = link.contents(entry);
+            let page = page_of(link, mapping, entry)?;
             applied.pages += 1;
-            if self.own(page) {
+            if self.private.contains(page) {
                 applied.private += 1;
-            } else if let Some(uffd) = &self.uffd {
-                // SAFETY: the page is part of the registered mapping (checked above), the
-                // contents are a page of the journal.
-                match unsafe { uffd.copy(mapping.page(page), contents) }? {
-                    Copied::Done => continue,
-                    Copied::Mapped => {}
+                // SAFETY: a page of the journal, which lies in another mapping.
+                unsafe { mapping.copy_in(page, link.contents(entry as usize)) };
+            } else if self.unmaps && self.inherited.contains(page) {
+                self.shared.push((entry, page));
+                if self.shared.len() == BATCH {
+                    self.replace_shared(link, mapping)?;
                 }
+            } else {
+                self.fill(link, mapping, entry, page)?;
             }
-            // SAFETY: a page of the journal, which lies in another mapping.
-            unsafe { mapping.copy_in(page, contents) };
         }
+        self.replace_shared(link, mapping)?;
         Ok(applied)
     }
+
+    /// Gives the pages that were put aside new contents.
+    fn replace_shared(&mut self, link: &Link, mapping: &Mapping) -> Result<(), ForkCause> {
+        if self.shared.is_empty() {
+            return Ok(());
+        }
+        self.ranges.clear();
+        self.ranges.extend(self.shared.iter().map(|(_, page)| (mapping.page(*page), PAGE)));
+        // SAFETY: pages of our own private mapping. Until they are filled below they show what the
+        // image has, which nobody sees: no vCPU runs.
+        if unsafe { sys::unmap_pages(&self.ranges) }.is_err() {
+            self.unmaps = false;
+        }
+        for index in 0..self.shared.len() {
+            let (entry, page) = self.shared[index];
+            self.fill(link, mapping, entry, page)?;
+        }
+        self.shared.clear();
+        Ok(())
+    }
+
+    /// Gives a page that is not private yet new contents.
+    fn fill(
+        &mut self,
+        link: &Link,
+        mapping: &Mapping,
+        entry: u32,
+        page: u32,
+    ) -> Result<(), ForkCause> {
+        let contents = link.contents(entry as usize);
+        self.private.insert(page);
+        if let Some(uffd) = &self.uffd {
+            // SAFETY: the page is part of the registered mapping (`page_of` checked), the contents
+            // are a page of the journal.
+            match unsafe { uffd.copy(mapping.page(page), contents) }? {
+                Copied::Done => return Ok(()),
+                Copied::Mapped => {}
+            }
+        }
+        // SAFETY: a page of the journal, which lies in another mapping.
+        unsafe { mapping.copy_in(page, contents) };
+        Ok(())
+    }
+}
+
+/// The page that a journal entry is about.
+fn page_of(link: &Link, mapping: &Mapping, entry: u32) -> Result<u32, ForkCause> {
+    let page = link.number(entry as usize).load(std::sync::atomic::Ordering::Relaxed);
+    if (page as usize) < mapping.bytes() / PAGE {
+        return Ok(page);
+    }
+    Err(MemoryError::Sys(SysError {
+        call: "applying a page beyond the image",
+        source: std::io::ErrorKind::InvalidData.into(),
+    })
+    .into())
 }

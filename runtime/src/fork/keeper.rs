@@ -35,6 +35,8 @@ const NUDGE_NS: u64 = 3_000_000;
 const RETRY: Duration = Duration::from_millis(200);
 /// How long the readers of a full journal may take.
 const CATCH_UP_MS: u64 = 10_000;
+/// Standbys after which the list of regions where the guest is active begins anew.
+const REGION_MEMORY: u32 = 16;
 /// Standbys that are made at the same time.
 const PARALLEL: usize = 2;
 
@@ -43,6 +45,8 @@ const PARALLEL: usize = 2;
 pub struct Keeper {
     zygote: Zygote,
     preparing: Vec<Handle>,
+    /// Standbys made since the list of active regions was begun.
+    since_regions: u32,
     /// Dismissed standbys whose processes are not gone yet.
     leaving: Vec<Handle>,
     next_round_ns: u64,
@@ -80,6 +84,7 @@ impl Keeper {
             zygote,
             preparing: Vec::new(),
             leaving: Vec::new(),
+            since_regions: 0,
             next_round_ns: 0,
             round: ROUND_MIN,
             retry_at_ns: 0,
@@ -200,6 +205,12 @@ impl Keeper {
         };
         if lacking > 0 || wanted || due && standbys {
             self.round(instance).map_err(ForkError::at(Step::Prewarm))?;
+        }
+        self.since_regions += u32::try_from(lacking).unwrap_or(0);
+        if self.since_regions > REGION_MEMORY && self.preparing.is_empty() {
+            // Where the guest was active long ago, page tables would be a waste.
+            instance.link().clear_regions();
+            self.since_regions = 0;
         }
         for _ in 0..lacking {
             self.spawn(instance).map_err(ForkError::at(Step::Prewarm))?;

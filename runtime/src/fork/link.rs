@@ -78,6 +78,11 @@ pub mod decision {
     }
 }
 
+/// Pages of a region that shares one page table of the last level (2 MiB).
+pub const REGION_PAGES: u32 = 512;
+/// Words of the bitmap of regions: enough for the largest guest.
+const REGION_WORDS: usize = 512;
+
 /// Who a machine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -121,6 +126,8 @@ pub struct Header {
     pub head: AtomicU32,
     /// Highest number of journal entries ever used, so that standbys map as many.
     pub journal_used: AtomicU32,
+    /// Regions in which pages were captured lately: standbys have page tables there.
+    pub regions: [AtomicU64; REGION_WORDS],
     /// Pages that standbys make private ahead: their number …
     pub hot_count: AtomicU32,
     /// … and which.
@@ -353,6 +360,34 @@ impl Link {
         let header = self.header();
         let count = (header.hot_count.load(Ordering::Acquire) as usize).min(MAX_HOT);
         header.hot[..count].iter().map(|page| page.load(Ordering::Relaxed))
+    }
+
+    /// First page of every region in which pages were captured lately.
+    pub(super) fn active_regions(&self) -> impl Iterator<Item = u32> + '_ {
+        (0_u32..).zip(&self.header().regions).flat_map(|(index, word)| {
+            let word = word.load(Ordering::Relaxed);
+            (0..64)
+                .filter(move |bit| word >> bit & 1 == 1)
+                .map(move |bit| (index * 64 + bit) * REGION_PAGES)
+        })
+    }
+
+    /// Notes that `page` was captured.
+    pub(super) fn mark_region(&self, page: u32) {
+        let region = page / REGION_PAGES;
+        if let Some(word) = self.header().regions.get(region as usize / 64) {
+            let bit = 1 << (region % 64);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Forgets the regions.
+    pub(super) fn clear_regions(&self) {
+        for word in &self.header().regions {
+            word.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Replaces them.

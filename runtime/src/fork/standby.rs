@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::apply::{Applied, Applier};
+use super::apply::{Applied, Applier, PageBits};
 use super::engine::Engine;
 use super::link::{self, Base, Link, decision, word};
 use super::path;
@@ -137,15 +137,16 @@ fn prepare(
     parent: Uuid,
     line: OwnedFd,
 ) -> Result<(Standby, Vcpu), Failed> {
-    let Womb { host, config, link, mapping } = womb;
+    let Womb { host, config, link, mapping, owned } = womb;
     let link = Arc::new(link);
-    prepare_with(host, config, mapping, &link, slot, parent, line).map_err(|error| (link, error))
+    let image = mapping.zip(owned);
+    prepare_with(host, config, image, &link, slot, parent, line).map_err(|error| (link, error))
 }
 
 fn prepare_with(
     host: Host,
     config: InstanceConfig,
-    mapping: Option<Mapping>,
+    image: Option<(Mapping, PageBits)>,
     link: &Arc<Link>,
     slot: usize,
     parent: Uuid,
@@ -156,9 +157,9 @@ fn prepare_with(
     }
     link.header().fault.check(Step::Prewarm)?;
     let (identity, base) = link.read_slot(slot, config.vcpus as usize);
-    let (zygote, womb) = zygote_of_child(host, config, mapping)?;
-    let Womb { host, mut config, link: own, mapping } = womb;
-    let mapping = mapping.ok_or_else(|| failed(ForkCause::Died))?;
+    let (zygote, womb) = zygote_of_child(host, config, image)?;
+    let Womb { host, mut config, link: own, mapping, owned } = womb;
+    let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
     config.standbys = config.child_standbys;
     config.ring_entries = config.child_ring_entries;
     let made = MachineConfig {
@@ -171,7 +172,10 @@ fn prepare_with(
     machine.restore_clocks(&vcpus, &base.vm).map_err(failed)?;
     machine.restore_irqchips(&base.vm).map_err(failed)?;
     link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
-    let mut applier = Applier::new(&mapping);
+    let mut applier = Applier::new(&mapping, owned);
+    for page in link.active_regions().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
+        mapping.look(page);
+    }
     for page in link.hot_pages().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
         applier.touch(&mapping, page);
     }
@@ -219,12 +223,13 @@ fn prepare_with(
 fn zygote_of_child(
     host: Host,
     config: InstanceConfig,
-    mapping: Option<Mapping>,
+    image: Option<(Mapping, PageBits)>,
 ) -> Result<(Zygote, Womb), ForkError> {
     let at = ForkError::at::<sys::SysError>;
     let capacity = link::capacity(config.child_ring_entries, config.vcpus);
     let own = Link::new(capacity).map_err(at(Step::Prewarm))?;
-    let womb = Womb { host, config, link: own, mapping };
+    let (mapping, owned) = image.unzip();
+    let womb = Womb { host, config, link: own, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))
 }

@@ -14,7 +14,7 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::apply::Applier;
+use super::apply::{PageBits, apply_plainly};
 use super::link::Link;
 use super::standby;
 use super::step::ForkCause;
@@ -53,6 +53,8 @@ pub struct Womb {
     pub link: Link,
     /// The instance's memory as of the last sync.
     pub mapping: Option<Mapping>,
+    /// Pages of it that differ from the sealed image.
+    pub owned: Option<PageBits>,
 }
 
 /// An instance's end of the connection to its zygote.
@@ -172,7 +174,6 @@ impl Womb {
 }
 
 fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
-    let mut applier = None;
     let mut buffer = [0_u8; 256];
     loop {
         let (len, mut fds) =
@@ -188,7 +189,7 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
                 });
                 match adopted {
                     Some(Ok(mapping)) => {
-                        applier = None;
+                        womb.owned = Some(PageBits::new(&mapping));
                         womb.mapping = Some(mapping);
                         Answer::Done
                     }
@@ -196,15 +197,14 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
                     None => Answer::Failed { errno: libc::EBADF },
                 }
             }
-            Ok(Command::Sync { from, to }) => match &womb.mapping {
-                Some(mapping) => {
-                    let applier = applier.get_or_insert_with(|| Applier::plain(mapping));
-                    match applier.apply(&womb.link, mapping, from, to) {
-                        Ok(_) => Answer::Done,
+            Ok(Command::Sync { from, to }) => match (&womb.mapping, &mut womb.owned) {
+                (Some(mapping), Some(owned)) => {
+                    match apply_plainly(&womb.link, mapping, owned, from, to) {
+                        Ok(()) => Answer::Done,
                         Err(cause) => Answer::Failed { errno: cause.errno() },
                     }
                 }
-                None => Answer::Failed { errno: libc::ENODATA },
+                _ => Answer::Failed { errno: libc::ENODATA },
             },
             Ok(Command::Spawn { slot, parent }) => match fds.pop() {
                 // SAFETY: a zygote never starts a thread.

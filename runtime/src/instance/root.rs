@@ -71,7 +71,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     check(&config)?;
     let host = Host::open()?;
     let link = Link::new(capacity(config.ring_entries, config.vcpus))?;
-    let womb = Womb { host, config, link, mapping: None };
+    let womb = Womb { host, config, link, mapping: None, owned: None };
     sys::reap_children_automatically();
     // SAFETY: this process has not started a thread yet.
     let (zygote, womb) = unsafe { Zygote::fork(womb) }?;
