@@ -190,6 +190,7 @@ impl Engine {
             let slot = link.slot(handle.slot);
             slot.fork.store(self.forks, Ordering::Relaxed);
             slot.index.store(index, Ordering::Relaxed);
+            slot.step.store(Step::Wake as u32, Ordering::Relaxed);
             slot.stamps.clear();
         }
         block
@@ -220,14 +221,12 @@ impl Engine {
             .unwrap_or_default()
     }
 
-    /// Whether a process of the fork under way is gone.
-    pub(super) fn flight_died(&self, link: &Link) -> bool {
-        self.flights.last().is_some_and(|flight| {
-            flight.handles.iter().any(|handle| {
-                link.slot(handle.slot).word.load(Ordering::Acquire) == word::FAILED
-                    || hung_up(&handle.line)
-            })
-        })
+    /// If a process of the fork under way is gone: the step that it did not finish.
+    pub(super) fn flight_died(&self, link: &Link) -> Option<Step> {
+        let flight = self.flights.last()?;
+        let dead = flight.handles.iter().find(|handle| hung_up(&handle.line))?;
+        let step = link.slot(dead.slot).step.load(Ordering::Acquire);
+        Some(Step::from_number(step).unwrap_or(Step::Wake))
     }
 
     /// Gives the fork under way up because of `error`.
@@ -357,8 +356,8 @@ impl Engine {
         }
         if link.fork().decision.load(Ordering::Acquire) != decision::OPEN {
             self.conclude(link);
-        } else if self.flight_died(link) {
-            standby::fail(link, Step::Commit, libc::ECHILD);
+        } else if let Some(step) = self.flight_died(link) {
+            standby::fail(link, step, libc::ECHILD);
             self.conclude(link);
         }
         for flight in &mut self.flights {

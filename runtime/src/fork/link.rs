@@ -176,6 +176,8 @@ pub struct Slot {
     pub index: AtomicU32,
     /// Journal entries that it has applied.
     pub tail: AtomicU32,
+    /// Number of the step that it is at.
+    pub step: AtomicU32,
     /// Why its word is [`word::FAILED`], as in [`decision::failed`].
     pub failure: AtomicU32,
     /// Thread that wakes up at the fork.

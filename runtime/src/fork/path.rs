@@ -113,8 +113,8 @@ impl Engine {
                 standby::fail(link, Step::Commit, libc::ETIMEDOUT);
             } else if waited > OUTCOME_SPIN_NS {
                 futex_wait(&block.decision, seen, Some(Duration::from_millis(2)));
-                if self.flight_died(link) {
-                    standby::fail(link, Step::Commit, libc::ECHILD);
+                if let Some(step) = self.flight_died(link) {
+                    standby::fail(link, step, libc::ECHILD);
                 }
             }
         }

@@ -324,7 +324,7 @@ impl Standby {
 
     fn apply_fork(&mut self) -> Result<Applied, ForkError> {
         let shared = self.shared.clone();
-        shared.link.header().fault.check(Step::ApplyPages)?;
+        shared.begin(Step::ApplyPages)?;
         shared.wait(|block| &block.pages_ready)?;
         self.apply_to(shared.link.fork().head.load(Ordering::Acquire))
     }
@@ -343,13 +343,13 @@ impl Standby {
     fn restore(&mut self, vcpu: &mut Vcpu) -> Result<(), ForkError> {
         let shared = &self.shared;
         let at = |error: crate::kvm::KvmError| ForkError::at(Step::RestoreState)(error);
-        shared.link.header().fault.check(Step::RestoreState)?;
+        shared.begin(Step::RestoreState)?;
         let state = shared.link.read_fork();
         vcpu.restore(&state.vcpus[0], Some(&shared.base.vcpus[0])).map_err(at)?;
         if !state.vm.same_irqchips(&shared.base.vm) {
             shared.instance.machine().restore_irqchips(&state.vm).map_err(at)?;
         }
-        shared.link.header().fault.check(Step::Identity)?;
+        shared.begin(Step::Identity)?;
         let slot = shared.link.slot(shared.slot);
         let index = slot.index.load(Ordering::Relaxed);
         let children = shared.link.fork().children.load(Ordering::Relaxed);
@@ -359,6 +359,12 @@ impl Standby {
 }
 
 impl Shared {
+    /// Says which step this child is at.
+    fn begin(&self, step: Step) -> Result<(), ForkError> {
+        self.link.slot(self.slot).step.store(step as u32, Ordering::Release);
+        self.link.header().fault.check(step)
+    }
+
     fn set_stage(&self, stage: u32) {
         self.stage.store(stage, Ordering::Release);
         if self.base.vcpus.len() > 1 {
@@ -408,7 +414,7 @@ impl Shared {
 
     /// Says that one vCPU is ready, and returns when all vCPUs of all siblings are.
     fn consent(&self) -> Result<(), ForkError> {
-        self.link.header().fault.check(Step::Commit)?;
+        self.begin(Step::Commit)?;
         // From here on this process outlives its parent, if the fork succeeds.
         sys::die_with_parent(false);
         self.instance.come_alive();
@@ -475,7 +481,7 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
         }
     }
     shared.wait(|block| &block.state_ready)?;
-    shared.link.header().fault.check(Step::RestoreState)?;
+    shared.begin(Step::RestoreState)?;
     vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
         .map_err(failed(Step::RestoreState))?;
     let rang = shared.link.fork().vcpu.load(Ordering::Relaxed) == vcpu.index();

@@ -1,14 +1,11 @@
 //! The owner's socket and the thread that hears what comes over it.
 
-use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::event::{Timespec, epoll};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
-use uuid::Uuid;
 
 use super::state::Shared;
 use crate::proto::{Envelope, MAX_MESSAGE};
@@ -16,19 +13,10 @@ use crate::sys::{self, SysError};
 
 /// Number of the listening socket among the connections.
 const LISTENING: u64 = 0;
+/// Number of the eventfd of [`Shared::settle`].
+const SETTLE: u64 = u64::MAX;
 /// Connections that wait to be accepted: a fan-out calls all at once.
 const BACKLOG: i32 = 1024;
-
-/// A new folder that nobody else can read.
-pub(super) fn private_folder() -> Result<PathBuf, SysError> {
-    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    let folder = base.join(format!("ukp-{}", Uuid::new_v4().simple()));
-    DirBuilder::new()
-        .mode(0o700)
-        .create(&folder)
-        .map_err(|source| SysError { call: "making a folder for sockets", source })?;
-    Ok(folder)
-}
 
 /// Listens at `path`.
 pub(super) fn socket(path: &Path) -> Result<OwnedFd, SysError> {
@@ -53,6 +41,9 @@ pub(super) fn start(shared: &Arc<Shared>, socket: OwnedFd) -> Result<(), SysErro
     let data = epoll::EventData::new_u64(LISTENING);
     epoll::add(&shared.epoll, &socket, data, epoll::EventFlags::IN)
         .map_err(SysError::new("epoll_ctl"))?;
+    let data = epoll::EventData::new_u64(SETTLE);
+    epoll::add(&shared.epoll, &shared.settling, data, epoll::EventFlags::IN)
+        .map_err(SysError::new("epoll_ctl"))?;
     let shared = shared.clone();
     std::thread::Builder::new()
         .name("owner".into())
@@ -73,6 +64,7 @@ fn run(shared: &Shared, socket: &OwnedFd) {
         for event in &events {
             match event.data.u64() {
                 LISTENING => accept(shared, socket),
+                SETTLE => shared.settled(),
                 number => hear(shared, number, &mut buffer),
             }
         }

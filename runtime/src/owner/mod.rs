@@ -18,20 +18,24 @@
 //! When the owner goes, its instances end.
 #![expect(unsafe_code, reason = "an inherited descriptor is moved into place and adopted")]
 
+mod folder;
 mod listen;
 mod state;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uuid::Uuid;
 
+use folder::Folder;
+pub use folder::folders;
 pub use state::{Known, Listener};
-use state::Shared;
+use state::{Memory, Shared};
 
 use crate::fork::{ForkReport, Step};
 use crate::proto::{Envelope, Failure, InstanceConfig, Reply, Request, Stats, WireStep};
@@ -41,6 +45,8 @@ use crate::sys::{self, SysError};
 const INSTANCE: &str = "__instance";
 /// Descriptor of an instance's connection to its owner.
 const LINE: i32 = 3;
+/// How long killed instances may take to be gone.
+const GOODBYE: Duration = Duration::from_secs(10);
 /// How long a request may take unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -105,8 +111,16 @@ pub fn instance_if_asked() {
 #[derive(Debug)]
 pub struct Owner {
     shared: Arc<Shared>,
-    folder: PathBuf,
-    roots: Mutex<Vec<Child>>,
+    folder: Folder,
+    roots: Mutex<Vec<Root>>,
+}
+
+/// A root instance that was started.
+#[derive(Debug)]
+struct Root {
+    process: Child,
+    uuid: Option<Uuid>,
+    lifeline: Arc<OwnedFd>,
 }
 
 impl Owner {
@@ -125,11 +139,31 @@ impl Owner {
     ///
     /// If its socket cannot be made.
     pub fn with_listener(listener: Listener) -> Result<Self, SysError> {
-        let folder = listen::private_folder()?;
-        let socket = listen::socket(&folder.join("owner"))?;
-        let shared = Shared::new(listener)?;
+        Self::make(listener, Memory::Everything)
+    }
+
+    /// An owner that tells `listener` every event, and itself keeps neither console output nor
+    /// notes, reports and results, and only the last instances that ended: it may run for years.
+    ///
+    /// # Errors
+    ///
+    /// If its socket cannot be made.
+    pub fn forwarding(listener: Listener) -> Result<Self, SysError> {
+        Self::make(listener, Memory::Little)
+    }
+
+    fn make(listener: Listener, memory: Memory) -> Result<Self, SysError> {
+        let folder = Folder::new()?;
+        let socket = listen::socket(&folder.path().join("owner"))?;
+        let shared = Shared::new(listener, memory)?;
         listen::start(&shared, socket)?;
         Ok(Self { shared, folder, roots: Mutex::default() })
+    }
+
+    /// The folder of its sockets, see [`folders`]. It goes with the owner.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Starts a root instance and returns when it runs.
@@ -138,23 +172,48 @@ impl Owner {
     ///
     /// Why it could not be started.
     pub fn start(&self, mut config: InstanceConfig) -> Result<Uuid, OwnerError> {
-        config.owner = self.folder.join("owner");
+        config.owner = self.folder.path().join("owner");
         let (ours, theirs) = sys::socket_pair()?;
-        let child = spawn(&theirs)?;
+        let root = spawn(&theirs)?;
+        let pid = root.process.id();
         drop(theirs);
-        self.roots.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+        self.roots().push(root);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
         listen::send(&ours, &request)?;
         let number = self.shared.adopt(ours)?;
-        self.shared.wait("start of the instance", PATIENCE, |state| {
+        let uuid = self.shared.wait("start of the instance", PATIENCE, |state| {
+            // A short program may have ended, and its connection be closed.
+            if let Some(uuid) = state.came_over(number) {
+                return Some(Ok(uuid));
+            }
             match state.connection(number) {
-                Some(connection) if connection.uuid.is_some() => connection.uuid.map(Ok),
                 Some(connection) => connection.exit.clone().map(|(code, why)| {
                     Err(OwnerError::Ended { uuid: Uuid::nil(), code, why })
                 }),
                 None => Some(Err(OwnerError::Unknown(Uuid::nil()))),
             }
-        })?
+        })??;
+        if let Some(root) = self.roots().iter_mut().find(|root| root.process.id() == pid) {
+            root.uuid = Some(uuid);
+        }
+        Ok(uuid)
+    }
+
+    fn roots(&self) -> MutexGuard<'_, Vec<Root>> {
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A descriptor that hangs up when the last process of a root's tree is gone: instances,
+    /// standbys, zygotes.
+    #[must_use]
+    pub fn lifeline(&self, root: Uuid) -> Option<Arc<OwnedFd>> {
+        let roots = self.roots();
+        roots.iter().find(|known| known.uuid == Some(root)).map(|known| known.lifeline.clone())
+    }
+
+    /// Returns when everything is heard that instances said before the call.
+    pub fn settle(&self) {
+        self.shared.settle();
     }
 
     /// Asks an instance for something.
@@ -312,6 +371,11 @@ impl Owner {
         self.shared.state().instance(uuid).map(f)
     }
 
+    /// What `f` makes of every instance that is known, also of those that have ended.
+    pub fn each<R>(&self, mut f: impl FnMut(Uuid, &Known) -> R) -> Vec<R> {
+        self.shared.state().all().map(|(uuid, known)| f(uuid, known)).collect()
+    }
+
     /// All instances that run.
     #[must_use]
     pub fn alive(&self) -> Vec<Uuid> {
@@ -333,26 +397,50 @@ impl Owner {
     }
 }
 
-impl Drop for Owner {
-    fn drop(&mut self) {
-        self.shared.state().kill_all();
-        let end = Instant::now() + Duration::from_secs(10);
-        while !self.shared.state().all_gone() && Instant::now() < end {
+impl Owner {
+    /// Ends every instance at once and waits until no process of theirs is left.
+    pub fn shutdown(&self) {
+        let end = Instant::now() + GOODBYE;
+        loop {
+            // Again and again: a child that is just being born calls later.
+            self.shared.state().kill_all();
+            let gone = self.shared.state().all_gone()
+                && self.roots().iter().all(|root| hung_up(&root.lifeline));
+            if gone || Instant::now() > end {
+                break;
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
-        for root in self.roots.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-            // It was killed above, so this only reaps.
-            drop(root.wait());
-        }
-        self.shared.stop();
-        drop(std::fs::remove_dir_all(&self.folder));
     }
 }
 
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shutdown();
+        for root in self.roots().iter_mut() {
+            // A root that never called is known by its process alone.
+            drop(root.process.kill());
+            drop(root.process.wait());
+        }
+        self.shared.stop();
+    }
+}
+
+fn hung_up(lifeline: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(lifeline, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
 /// Starts this program as an instance whose connection is `line`.
-fn spawn(line: &OwnedFd) -> Result<Child, SysError> {
+///
+/// Its standard input is the writing end of a pipe, and so is that of every process forked from it:
+/// the pipe hangs up when the last one is gone. Nobody writes to it.
+fn spawn(line: &OwnedFd) -> Result<Root, SysError> {
+    let failed = |source| SysError { call: "starting an instance", source };
+    let (lifeline, theirs) = std::io::pipe().map_err(failed)?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg(INSTANCE).stdin(Stdio::null()).process_group(0);
+    command.arg(INSTANCE).stdin(Stdio::from(theirs)).process_group(0);
     let fd = line.as_raw_fd();
     let place = move || {
         // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory. A descriptor that is
@@ -366,5 +454,6 @@ fn spawn(line: &OwnedFd) -> Result<Child, SysError> {
     unsafe {
         command.pre_exec(place);
     }
-    command.spawn().map_err(|source| SysError { call: "starting an instance", source })
+    let process = command.spawn().map_err(failed)?;
+    Ok(Root { process, uuid: None, lifeline: Arc::new(lifeline.into()) })
 }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use uuid::Uuid;
 
@@ -24,6 +24,10 @@ pub struct Known {
     pub parent: Option<Uuid>,
     /// Its process.
     pub pid: i32,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Guest RAM.
+    pub memory_mib: u32,
     /// When it called, in nanoseconds of the monotonic clock.
     pub called_ns: u64,
     /// Results of programs by vCPU and sequence number.
@@ -76,6 +80,10 @@ pub(super) struct State {
     instances: HashMap<Uuid, Known>,
     next: u64,
     next_request: u64,
+    /// In the order in which they ended, if only some are kept.
+    ended: VecDeque<Uuid>,
+    /// How often the listening thread has heard of [`Shared::settle`].
+    settled: u64,
     pub(super) stopped: bool,
 }
 
@@ -84,8 +92,25 @@ pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     pub(super) epoll: OwnedFd,
+    /// An eventfd.
+    pub(super) settling: OwnedFd,
     listener: Listener,
+    memory: Memory,
 }
+
+/// What an owner keeps of the events that it hears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Memory {
+    /// Everything, until it is taken or forgotten.
+    Everything,
+    /// What requests wait for, and the last instances that ended: its listener sees the rest.
+    Little,
+}
+
+/// Ended instances that an owner with a little memory still knows.
+const KEEP_ENDED: usize = 1024;
+/// Longest wait for the listening thread.
+const SETTLE_TIME: Duration = Duration::from_secs(5);
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -94,10 +119,32 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(super) fn new(listener: Listener) -> Result<Arc<Self>, SysError> {
+    pub(super) fn new(listener: Listener, memory: Memory) -> Result<Arc<Self>, SysError> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create"))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let settling = eventfd(0, flags).map_err(SysError::new("eventfd"))?;
         let state = Mutex::new(State { next: 1, ..State::default() });
-        Ok(Arc::new(Self { state, changed: Condvar::new(), epoll, listener }))
+        Ok(Arc::new(Self { state, changed: Condvar::new(), epoll, settling, listener, memory }))
+    }
+
+    /// Returns when everything is heard that was said before the call.
+    ///
+    /// Two rounds: sockets become ready in the order in which they are looked at. The first one
+    /// accepts who had called, the second one hears them out.
+    pub(super) fn settle(&self) {
+        for _ in 0..2 {
+            let before = self.state().settled;
+            rustix::io::write(&self.settling, &1_u64.to_ne_bytes()).unwrap_or(0);
+            let heard = |state: &mut State| (state.settled > before).then_some(());
+            // Out of time: whoever waits for an event then does so with a limit of its own.
+            self.wait("listening thread", SETTLE_TIME, heard).unwrap_or(());
+        }
+    }
+
+    pub(super) fn settled(&self) {
+        rustix::io::read(&self.settling, &mut [0_u8; 8]).unwrap_or(0);
+        self.state().settled += 1;
+        self.changed.notify_all();
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -170,7 +217,7 @@ impl Shared {
             (self.listener)(uuid, &event);
             state = self.state();
             if let Some(known) = state.instances.get_mut(&uuid) {
-                known.keep(event);
+                known.keep(event, self.memory);
             }
         }
         drop(state);
@@ -183,8 +230,8 @@ impl Shared {
         if let Some(connection) = state.connections.remove(&number) {
             // Without this the descriptor would stay in the set until its last copy is closed.
             epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
-            if let Some(known) = connection.uuid.and_then(|uuid| state.instances.get_mut(&uuid)) {
-                known.gone = true;
+            if let Some(uuid) = connection.uuid {
+                state.end(uuid, self.memory);
             } else {
                 let exit = connection.exit.clone().or(Some((137, None)));
                 state.connections.insert(number, Connection { exit, ..connection });
@@ -208,6 +255,29 @@ impl State {
         self.instances.get_mut(&uuid)
     }
 
+    /// The instance that came over connection `number`, also after that was closed.
+    pub(super) fn came_over(&self, number: u64) -> Option<Uuid> {
+        let mut known = self.instances.iter();
+        known.find(|(_, known)| known.connection == number).map(|(uuid, _)| *uuid)
+    }
+
+    fn end(&mut self, uuid: Uuid, memory: Memory) {
+        let Some(known) = self.instances.get_mut(&uuid) else { return };
+        known.gone = true;
+        if memory == Memory::Little {
+            self.ended.push_back(uuid);
+            if self.ended.len() > KEEP_ENDED
+                && let Some(oldest) = self.ended.pop_front()
+            {
+                self.instances.remove(&oldest);
+            }
+        }
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = (Uuid, &Known)> {
+        self.instances.iter().map(|(uuid, known)| (*uuid, known))
+    }
+
     pub(super) fn alive(&self) -> Vec<Uuid> {
         self.instances.iter().filter(|(_, known)| !known.gone).map(|(uuid, _)| *uuid).collect()
     }
@@ -219,7 +289,7 @@ impl State {
     }
 
     pub(super) fn kill_all(&mut self) {
-        for known in self.instances.values() {
+        for known in self.instances.values().filter(|known| !known.gone) {
             known.kill();
         }
     }
@@ -232,13 +302,15 @@ impl State {
     fn event(&mut self, number: u64, event: &Event) -> Option<Uuid> {
         let connection = self.connections.get_mut(&number)?;
         match event {
-            Event::Hello { uuid, parent, pid, .. } => {
+            Event::Hello { uuid, parent, pid, vcpus, memory_mib } => {
                 connection.uuid = Some(*uuid);
                 let process = Pid::from_raw(*pid)
                     .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
                 let known = Known {
                     parent: *parent,
                     pid: *pid,
+                    vcpus: *vcpus,
+                    memory_mib: *memory_mib,
                     called_ns: crate::sys::now_ns(),
                     results: HashMap::new(),
                     forks: VecDeque::new(),
@@ -261,9 +333,11 @@ impl State {
 }
 
 impl Known {
-    fn keep(&mut self, event: Event) {
+    fn keep(&mut self, event: Event, memory: Memory) {
         match event {
             Event::Hello { .. } => {}
+            Event::Forked(_) | Event::Done { .. } | Event::Console { .. } | Event::Note { .. }
+                if memory == Memory::Little => {}
             Event::Reply { id, result } => {
                 self.replies.insert(id, result);
             }
