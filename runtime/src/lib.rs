@@ -17,5 +17,6 @@ pub mod instance;
 pub mod kvm;
 pub mod memory;
 pub mod owner;
+pub mod program;
 pub mod proto;
 pub mod sys;

@@ -172,6 +172,13 @@ impl Capture {
         Ok(pages)
     }
 
+    /// Lists `pages` for copying too, whether they changed or not.
+    pub fn add_stale(&mut self, pages: impl Iterator<Item = u32>) {
+        for page in pages {
+            self.stale.insert(page);
+        }
+    }
+
     /// Second half: copies up to `most` of the listed pages.
     pub fn copy_some(&mut self, mapping: &Mapping, link: &Link, most: usize) -> Copying {
         for _ in 0..most.min(self.stale.list.len()) {

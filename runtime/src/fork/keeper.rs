@@ -131,7 +131,7 @@ impl Keeper {
         self.receive(link, &mut engine, &mut tick);
         let lacking = self.lacking(&engine);
         drop(engine);
-        if armed && let Err(error) = self.keep(instance, lacking) {
+        if armed && let Err(error) = self.keep_or_raise(instance, lacking) {
             tick.failures.push(error);
         }
         tick.forks.append(&mut self.unreported);
@@ -195,6 +195,39 @@ impl Keeper {
             }
             !gone
         });
+    }
+
+    /// As [`Keeper::keep`]; a zygote that is gone is replaced once.
+    fn keep_or_raise(&mut self, instance: &Instance, lacking: usize) -> Result<(), ForkError> {
+        match self.keep(instance, lacking) {
+            Err(ForkError { cause: ForkCause::ZygoteGone, .. }) => {
+                self.raise_zygote(instance).map_err(ForkError::at(Step::Prewarm))?;
+                self.keep(instance, lacking)
+            }
+            result => result,
+        }
+    }
+
+    /// Replaces the zygote: the new one gets the sealed image, and through the journal every page
+    /// of ours that differs from it.
+    fn raise_zygote(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        let image = instance.sealed().ok_or(ForkCause::ZygoteGone)?;
+        let link = instance.link();
+        let mut engine = instance.engine();
+        // Its standbys die with it; what they had not read is of no use to anybody.
+        for handle in engine.ready.drain(..).chain(self.preparing.drain(..)) {
+            dismiss(&handle.line);
+            self.leaving.push(handle);
+        }
+        let Some(capture) = &mut engine.capture else { return Err(ForkCause::ZygoteGone) };
+        // First the reset, then the list: a page that becomes private in between is logged.
+        capture.begin_round(instance.machine(), instance.ram())?;
+        capture.add_stale(instance.mapping().private_pages()?.into_iter());
+        let head = capture.head();
+        drop(engine);
+        self.zygote = Zygote::raise(instance.config(), link, image, head)?;
+        instance.set_zygote_pid(self.zygote.pid());
+        Ok(())
     }
 
     fn keep(&mut self, instance: &Instance, lacking: usize) -> Result<(), ForkError> {

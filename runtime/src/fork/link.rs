@@ -210,6 +210,7 @@ pub struct Link {
     start: NonNull<u8>,
     bytes: usize,
     capacity: usize,
+    file: OwnedFd,
     bell: OwnedFd,
 }
 
@@ -225,6 +226,11 @@ pub fn capacity(ring_entries: u32, vcpus: u32) -> usize {
     (2 * ring_entries as usize * vcpus as usize).next_multiple_of(1024)
 }
 
+/// Bytes of a link whose journal has room for `capacity` pages.
+fn bytes_for(capacity: usize) -> usize {
+    NUMBERS + (capacity * 4).next_multiple_of(PAGE) + capacity * PAGE
+}
+
 const FORK: usize = size_of::<Header>().next_multiple_of(PAGE);
 const FIRST_SLOT: usize = FORK + size_of::<ForkBlock>().next_multiple_of(PAGE);
 const SLOT_BYTES: usize = size_of::<Slot>().next_multiple_of(PAGE);
@@ -238,11 +244,26 @@ impl Link {
     ///
     /// `ENOMEM`, `EMFILE`.
     pub fn new(capacity: usize) -> Result<Self, SysError> {
-        let contents = NUMBERS + (capacity * 4).next_multiple_of(PAGE);
-        let bytes = contents + capacity * PAGE;
         let file = rustix::fs::memfd_create("fork-link", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(SysError::new("memfd_create"))?;
-        rustix::fs::ftruncate(&file, bytes as u64).map_err(SysError::new("ftruncate"))?;
+        rustix::fs::ftruncate(&file, bytes_for(capacity) as u64)
+            .map_err(SysError::new("ftruncate"))?;
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let bell = rustix::event::eventfd(0, flags).map_err(SysError::new("eventfd"))?;
+        Self::adopt(capacity, file, bell)
+    }
+
+    /// Maps the link of another process.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the file is too short for `capacity`, `ENOMEM`.
+    pub fn adopt(capacity: usize, file: OwnedFd, bell: OwnedFd) -> Result<Self, SysError> {
+        let bytes = bytes_for(capacity);
+        let size = rustix::fs::fstat(&file).map_err(SysError::new("fstat"))?.st_size;
+        if u64::try_from(size).unwrap_or(0) < bytes as u64 {
+            return Err(SysError::new("adopting a link")(rustix::io::Errno::INVAL));
+        }
         // SAFETY: a fresh mapping at an address that the kernel picks.
         let start = unsafe {
             rustix::mm::mmap(
@@ -256,9 +277,13 @@ impl Link {
         }
         .map_err(SysError::new("mmap"))?;
         let start = NonNull::new(start.cast()).ok_or_else(|| SysError::last("mmap"))?;
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        let bell = rustix::event::eventfd(0, flags).map_err(SysError::new("eventfd"))?;
-        Ok(Self { start, bytes, capacity, bell })
+        Ok(Self { start, bytes, capacity, file, bell })
+    }
+
+    /// The shared memory as a file.
+    #[must_use]
+    pub fn file(&self) -> &OwnedFd {
+        &self.file
     }
 
     /// Readable when [`Link::ring`] was called: the parent's control thread waits for it. Processes

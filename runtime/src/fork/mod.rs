@@ -35,4 +35,4 @@ pub use keeper::{Keeper, Tick};
 pub use link::{Base, Identity, Link, MAX_VCPUS, capacity};
 pub use report::{ChildReport, ForkReport, ParentMoments};
 pub use step::{FAULT_DELAY, FAULT_KILL, Fault, ForkCause, ForkError, Moment, Step};
-pub use zygote::{Womb, Zygote};
+pub use zygote::{Womb, Zygote, serve_raised};

@@ -46,7 +46,8 @@ pub(super) fn roll_back(instance: &Instance) -> Result<Vec<u32>, ForkCause> {
     let mut engine = instance.engine();
     let pages = engine.rehearsed(instance)?;
     let ranges: Vec<_> = pages.iter().map(|page| (instance.mapping().page(*page), PAGE)).collect();
+    let zygote = instance.zygote_pid().ok_or(ForkCause::ZygoteGone)?;
     // SAFETY: pages of our own mapping; no vCPU runs and no device is alive yet.
-    unsafe { sys::copy_from_twin(instance.zygote_pid(), &ranges) }?;
+    unsafe { sys::copy_from_twin(zygote, &ranges) }?;
     Ok(pages)
 }

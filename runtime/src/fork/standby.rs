@@ -32,7 +32,7 @@ use super::zygote::{Womb, Zygote};
 use crate::device::Answer;
 use crate::instance::{Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
-use crate::memory::{Mapping, PAGE, RamLayout};
+use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
 use crate::proto::InstanceConfig;
 use crate::sys::{self, futex_wait, futex_wake, now_ns};
 
@@ -137,16 +137,23 @@ fn prepare(
     parent: Uuid,
     line: OwnedFd,
 ) -> Result<(Standby, Vcpu), Failed> {
-    let Womb { host, config, link, mapping, owned } = womb;
+    let Womb { host, config, link, image, mapping, owned } = womb;
     let link = Arc::new(link);
-    let image = mapping.zip(owned);
-    prepare_with(host, config, image, &link, slot, parent, line).map_err(|error| (link, error))
+    let inherited = Inherited { host, config, image, mapping, owned };
+    prepare_with(inherited, &link, slot, parent, line).map_err(|error| (link, error))
+}
+
+/// What a standby takes over from its parent's zygote: all but the link.
+struct Inherited {
+    host: Host,
+    config: InstanceConfig,
+    image: Option<Image<Sealed>>,
+    mapping: Option<Mapping>,
+    owned: Option<PageBits>,
 }
 
 fn prepare_with(
-    host: Host,
-    config: InstanceConfig,
-    image: Option<(Mapping, PageBits)>,
+    inherited: Inherited,
     link: &Arc<Link>,
     slot: usize,
     parent: Uuid,
@@ -156,12 +163,10 @@ fn prepare_with(
         ForkError { step: Step::Prewarm, cause: cause.into() }
     }
     link.header().fault.check(Step::Prewarm)?;
-    let (identity, base) = link.read_slot(slot, config.vcpus as usize);
-    let (zygote, womb) = zygote_of_child(host, config, image)?;
-    let Womb { host, mut config, link: own, mapping, owned } = womb;
+    let (identity, base) = link.read_slot(slot, inherited.config.vcpus as usize);
+    let (zygote, womb) = zygote_of_child(inherited)?;
+    let Womb { host, config, link: own, image, mapping, owned } = womb;
     let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
-    config.standbys = config.child_standbys;
-    config.ring_entries = config.child_ring_entries;
     let made = MachineConfig {
         layout: RamLayout::new(config.memory_mib),
         vcpus: config.vcpus,
@@ -192,6 +197,9 @@ fn prepare_with(
         engine: Engine::new(log, base.clone()),
     })
     .map_err(failed)?;
+    if let Some(image) = image {
+        instance.keep_sealed(image);
+    }
     let shared = Arc::new(Shared {
         instance: instance.clone(),
         link: link.clone(),
@@ -220,16 +228,14 @@ fn prepare_with(
 }
 
 /// Forks the zygote of this standby before anything in it belongs to KVM.
-fn zygote_of_child(
-    host: Host,
-    config: InstanceConfig,
-    image: Option<(Mapping, PageBits)>,
-) -> Result<(Zygote, Womb), ForkError> {
+fn zygote_of_child(inherited: Inherited) -> Result<(Zygote, Womb), ForkError> {
     let at = ForkError::at::<sys::SysError>;
-    let capacity = link::capacity(config.child_ring_entries, config.vcpus);
-    let own = Link::new(capacity).map_err(at(Step::Prewarm))?;
-    let (mapping, owned) = image.unzip();
-    let womb = Womb { host, config, link: own, mapping, owned };
+    let Inherited { host, mut config, image, mapping, owned } = inherited;
+    config.standbys = config.child_standbys;
+    config.ring_entries = config.child_ring_entries;
+    let link = Link::new(link::capacity(config.ring_entries, config.vcpus))
+        .map_err(at(Step::Prewarm))?;
+    let womb = Womb { host, config, link, image, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))
 }

@@ -115,6 +115,9 @@ pub enum ForkCause {
     /// A child died before it could run.
     #[error("a standby died")]
     Died,
+    /// The zygote is gone.
+    #[error("the zygote is gone")]
+    ZygoteGone,
     /// Nothing happened for too long.
     #[error("no answer within {waited_ms} ms")]
     Timeout {
@@ -159,7 +162,7 @@ impl ForkCause {
                 libc::ENOMEM
             }
             Self::Child { errno } | Self::Injected { errno } => *errno,
-            Self::Died => libc::ECHILD,
+            Self::Died | Self::ZygoteGone => libc::ECHILD,
             Self::Timeout { .. } => libc::ETIMEDOUT,
             Self::JournalFull { .. } => libc::ENOBUFS,
             Self::Children { .. } => libc::EINVAL,

@@ -9,19 +9,25 @@
 #![expect(unsafe_code, reason = "fork(2), and giving up inherited descriptors")]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::apply::{PageBits, apply_plainly};
-use super::link::Link;
+use super::link::{self, Link};
 use super::standby;
 use super::step::ForkCause;
 use crate::kvm::Host;
-use crate::memory::{BackingKind, Image, Mapping, Sealed};
-use crate::proto::InstanceConfig;
+use crate::memory::{BackingKind, Image, Mapping, MemoryError, Sealed};
+use crate::program::{self, Part};
+use crate::proto::{InstanceConfig, MAX_MESSAGE};
 use crate::sys::{self, Forked, SysError};
+
+/// How long a zygote may take for one command.
+const PATIENCE: Timespec = Timespec { tv_sec: 15, tv_nsec: 0 };
 
 /// From an instance to its zygote.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,6 +57,8 @@ pub struct Womb {
     pub config: InstanceConfig,
     /// The instance's link.
     pub link: Link,
+    /// The sealed image, once there is one.
+    pub image: Option<Image<Sealed>>,
     /// The instance's memory as of the last sync.
     pub mapping: Option<Mapping>,
     /// Pages of it that differ from the sealed image.
@@ -116,6 +124,29 @@ impl Zygote {
         self.tail = 0;
     }
 
+    /// Starts a zygote from nothing, for an instance that has lost its own. It has the image and
+    /// nothing that changed since.
+    ///
+    /// # Errors
+    ///
+    /// What starting a process says, or that it ended at once.
+    pub fn raise(
+        config: &InstanceConfig,
+        link: &Link,
+        image: &Image<Sealed>,
+        tail: u32,
+    ) -> Result<Self, ForkCause> {
+        let (ours, theirs) = sys::socket_pair()?;
+        // Its end is noticed on the line; as SIGCHLD is ignored the kernel reaps it.
+        let child = program::spawn(Part::Zygote, &theirs, Stdio::inherit())?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let zygote = Self { socket: ours, pid: pid.ok_or(ForkCause::ZygoteGone)?, tail };
+        let bytes = serde_json::to_vec(config).map_err(|_| ForkCause::ZygoteGone)?;
+        sys::send(&zygote.socket, &bytes, &[link.file().as_fd(), link.bell().as_fd()])?;
+        zygote.adopt(image)?;
+        Ok(zygote)
+    }
+
     /// Hands the sealed image over.
     ///
     /// # Errors
@@ -147,21 +178,29 @@ impl Zygote {
     pub fn spawn(&self, slot: u32, parent: Uuid, socket: BorrowedFd<'_>) -> Result<i32, ForkCause> {
         match self.ask(&Command::Spawn { slot, parent }, &[socket])? {
             Answer::Spawned { pid } => Ok(pid),
-            Answer::Done | Answer::Failed { .. } => Err(ForkCause::Died),
+            Answer::Done | Answer::Failed { .. } => Err(ForkCause::ZygoteGone),
         }
     }
 
     fn ask(&self, command: &Command, fds: &[BorrowedFd<'_>]) -> Result<Answer, ForkCause> {
-        let bytes = serde_json::to_vec(command).map_err(|_| ForkCause::Died)?;
-        sys::send(&self.socket, &bytes, fds)?;
+        let bytes = serde_json::to_vec(command).map_err(|_| ForkCause::ZygoteGone)?;
+        let gone = |_: SysError| ForkCause::ZygoteGone;
+        sys::send(&self.socket, &bytes, fds).map_err(gone)?;
+        let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
+        poll(&mut ready, Some(&PATIENCE)).map_err(|errno| SysError::new("poll")(errno))?;
+        if ready[0].revents().is_empty() {
+            // It may be stopped or stuck; either way it is of no use.
+            rustix::process::kill_process(self.pid, rustix::process::Signal::KILL).unwrap_or(());
+            return Err(ForkCause::ZygoteGone);
+        }
         let mut buffer = [0_u8; 256];
-        let (len, _) =
-            sys::receive(&self.socket, &mut buffer, rustix::net::RecvFlags::empty())?;
+        let (len, _) = sys::receive(&self.socket, &mut buffer, rustix::net::RecvFlags::empty())
+            .map_err(gone)?;
         match serde_json::from_slice(&buffer[..len]) {
             Ok(Answer::Failed { errno }) => Err(ForkCause::Child { errno }),
             Ok(answer) => Ok(answer),
-            // Nothing was received: the zygote is gone.
-            Err(_) => Err(ForkCause::Died),
+            // Nothing was received: the line is closed.
+            Err(_) => Err(ForkCause::ZygoteGone),
         }
     }
 }
@@ -169,8 +208,41 @@ impl Zygote {
 impl Womb {
     /// Descriptors that a process made from it needs, and `socket`.
     pub(super) fn descriptors(&self, socket: &OwnedFd) -> Vec<i32> {
-        vec![self.host.as_raw_fd(), self.link.bell().as_raw_fd(), socket.as_raw_fd()]
+        let own = [self.link.file(), self.link.bell(), socket].map(AsRawFd::as_raw_fd);
+        let image = self.image.as_ref().map(|image| image.file().as_raw_fd());
+        own.into_iter().chain(image).chain([self.host.as_raw_fd()]).collect()
     }
+
+    fn adopt(&mut self, file: OwnedFd, bytes: u64, kind: BackingKind) -> Result<(), MemoryError> {
+        let image = Image::<Sealed>::adopt(file, bytes, kind)?;
+        let mapping = image.map_private()?;
+        self.owned = Some(PageBits::new(&mapping));
+        self.mapping = Some(mapping);
+        self.image = Some(image);
+        Ok(())
+    }
+}
+
+/// Becomes the zygote of an instance that has lost its own. `socket` is the line to it, and the
+/// first message on it carries the configuration and the link.
+pub fn serve_raised(socket: OwnedFd) -> ! {
+    sys::set_process_name("ukp-zygote");
+    sys::reap_children_automatically();
+    match raised_womb(&socket) {
+        Ok(womb) => serve(womb, socket),
+        // The instance sees the line closed.
+        Err(_) => std::process::exit(1),
+    }
+}
+
+fn raised_womb(socket: &OwnedFd) -> Result<Womb, ForkCause> {
+    let mut buffer = vec![0_u8; MAX_MESSAGE];
+    let (len, fds) = sys::receive(socket, &mut buffer, rustix::net::RecvFlags::empty())?;
+    let config: InstanceConfig =
+        serde_json::from_slice(&buffer[..len]).map_err(|_| ForkCause::ZygoteGone)?;
+    let [file, bell] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| ForkCause::ZygoteGone)?;
+    let link = Link::adopt(link::capacity(config.ring_entries, config.vcpus), file, bell)?;
+    Ok(Womb { host: Host::open()?, config, link, image: None, mapping: None, owned: None })
 }
 
 fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
@@ -184,15 +256,8 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
             };
         let answer = match serde_json::from_slice(&buffer[..len]) {
             Ok(Command::Adopt { bytes, kind }) => {
-                let adopted = fds.pop().map(|file| {
-                    Image::<Sealed>::adopt(file, bytes, kind).and_then(|image| image.map_private())
-                });
-                match adopted {
-                    Some(Ok(mapping)) => {
-                        womb.owned = Some(PageBits::new(&mapping));
-                        womb.mapping = Some(mapping);
-                        Answer::Done
-                    }
+                match fds.pop().map(|file| womb.adopt(file, bytes, kind)) {
+                    Some(Ok(())) => Answer::Done,
                     Some(Err(error)) => Answer::Failed { errno: ForkCause::from(error).errno() },
                     None => Answer::Failed { errno: libc::EBADF },
                 }

@@ -230,10 +230,11 @@ impl Control<'_> {
                 Ok(Reply::Done)
             }
             Request::KillZygote => {
-                let pid = instance.zygote_pid();
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL)
-                    .map(|()| Reply::Done)
-                    .map_err(|errno| plain(errno.raw_os_error(), "the zygote is gone"))
+                let kill = |pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                match instance.zygote_pid().map(kill) {
+                    Some(Ok(())) => Ok(Reply::Done),
+                    _ => Err(plain(libc::ESRCH, "the zygote is gone")),
+                }
             }
             Request::Pause => {
                 if self.paused.is_none() {
@@ -343,6 +344,7 @@ impl Control<'_> {
     }
 
     fn stats(&mut self) -> Stats {
+        let zygote = self.instance.zygote_pid();
         let engine = self.instance.engine();
         let (forks, failed) = engine.counts();
         Stats {
@@ -353,9 +355,9 @@ impl Control<'_> {
             rounds: self.keeper.rounds,
             synced_pages: self.keeper.synced_pages,
             pending_pages: u32::try_from(engine.pending()).unwrap_or(0),
-            zygote_pid: self.instance.zygote_pid().as_raw_nonzero().get(),
+            zygote_pid: zygote.map_or(0, |pid| pid.as_raw_nonzero().get()),
             cpu_ns: sys::cpu_ns(),
-            zygote_cpu_ns: sys::cpu_ns_of(self.instance.zygote_pid()),
+            zygote_cpu_ns: zygote.map_or(0, sys::cpu_ns_of),
             prewarm_ns: self.keeper.prewarm_ns,
         }
     }

@@ -11,9 +11,10 @@ mod vcpu;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use guest_abi::param::STEPS;
+use rustix::process::Pid;
 use uuid::Uuid;
 
 pub use control::Cradle;
@@ -23,7 +24,7 @@ pub use root::run_root;
 use crate::device::Answer;
 use crate::fork::{Engine, Identity, Link, Zygote};
 use crate::kvm::{Kick, Machine};
-use crate::memory::{GuestRam, Image, Mapping, MemoryError, RamLayout, Writable, guest_ram};
+use crate::memory::{GuestRam, Image, Mapping, MemoryError, RamLayout, Sealed, Writable, guest_ram};
 use crate::proto::{Event, InstanceConfig};
 use crate::sys::{self, SysError};
 
@@ -68,9 +69,11 @@ pub struct Instance {
     engine: Mutex<Engine>,
     /// The root's image, until it is armed.
     image: Mutex<Option<Image<Writable>>>,
+    /// The sealed image, once the instance is armed.
+    sealed: OnceLock<Image<Sealed>>,
     /// Taken by the control thread.
     zygote: Mutex<Option<Zygote>>,
-    zygote_pid: rustix::process::Pid,
+    zygote_pid: AtomicI32,
     answer: Mutex<Answer>,
     /// Sequence number of the program that each vCPU was last given.
     programs: Vec<AtomicU64>,
@@ -109,7 +112,8 @@ impl Instance {
             mapping: birth.mapping,
             link: birth.link,
             engine: Mutex::new(birth.engine),
-            zygote_pid: birth.zygote.pid(),
+            sealed: OnceLock::new(),
+            zygote_pid: AtomicI32::new(birth.zygote.pid().as_raw_nonzero().get()),
             zygote: Mutex::new(Some(birth.zygote)),
             image: Mutex::new(None),
             answer: Mutex::default(),
@@ -183,8 +187,25 @@ impl Instance {
 
     /// Process of its zygote.
     #[must_use]
-    pub fn zygote_pid(&self) -> rustix::process::Pid {
-        self.zygote_pid
+    pub fn zygote_pid(&self) -> Option<Pid> {
+        Pid::from_raw(self.zygote_pid.load(Ordering::Relaxed))
+    }
+
+    /// Its zygote is another one now.
+    pub fn set_zygote_pid(&self, pid: Pid) {
+        self.zygote_pid.store(pid.as_raw_nonzero().get(), Ordering::Relaxed);
+    }
+
+    /// The sealed image, once the instance is armed.
+    #[must_use]
+    pub fn sealed(&self) -> Option<&Image<Sealed>> {
+        self.sealed.get()
+    }
+
+    /// Keeps the sealed image, from which a lost zygote is raised again.
+    pub fn keep_sealed(&self, image: Image<Sealed>) {
+        // There is only one sealed image in the life of an instance.
+        self.sealed.get_or_init(|| image);
     }
 
     fn keep_image(&self, image: Image<Writable>) {

@@ -71,7 +71,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     check(&config)?;
     let host = Host::open()?;
     let link = Link::new(capacity(config.ring_entries, config.vcpus))?;
-    let womb = Womb { host, config, link, mapping: None, owned: None };
+    let womb = Womb { host, config, link, image: None, mapping: None, owned: None };
     sys::reap_children_automatically();
     // SAFETY: this process has not started a thread yet.
     let (zygote, womb) = unsafe { Zygote::fork(womb) }?;
@@ -209,7 +209,9 @@ pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, Fork
     machine.track(instance.mapping()).map_err(|error| at(error.into()))?;
     instance.mapping().make_private(image.file()).map_err(|error| at(error.into()))?;
     let sealed = image.seal().map_err(|error| at(error.into()))?;
-    keeper.zygote().adopt(&sealed).map_err(at)?;
+    let adopted = keeper.zygote().adopt(&sealed);
+    instance.keep_sealed(sealed);
+    adopted.map_err(at)?;
     let mut engine = instance.engine();
     engine.arm(instance).map_err(at)?;
     drop(engine);

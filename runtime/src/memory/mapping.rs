@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "mmap and access to memory that the guest writes at any time")]
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -158,6 +159,37 @@ impl Mapping {
     pub unsafe fn copy_in(&self, page: u32, from: NonNull<u8>) {
         // SAFETY: the destination is in bounds, the source by this function's contract.
         unsafe { copy_page(from, self.page(page)) };
+    }
+
+    /// Pages that are private to this process, or were when it was forked: all that differ from the
+    /// image below. As /proc/self/pagemap tells: present and not of the file, or swapped out.
+    ///
+    /// # Errors
+    ///
+    /// If /proc is not there.
+    pub fn private_pages(&self) -> Result<Vec<u32>, SysError> {
+        const PRESENT: u64 = 1 << 63;
+        const SWAPPED: u64 = 1 << 62;
+        const OF_FILE: u64 = 1 << 61;
+        let fail = |source| SysError { call: "reading /proc/self/pagemap", source };
+        let file = std::fs::File::open("/proc/self/pagemap").map_err(fail)?;
+        let first = self.address.as_ptr() as u64 / PAGE as u64;
+        let mut pages = Vec::new();
+        let mut buffer = vec![0_u8; 64 * 1024];
+        let count = self.bytes / PAGE;
+        let mut page = 0;
+        while page < count {
+            let part = (count - page).min(buffer.len() / 8) * 8;
+            file.read_exact_at(&mut buffer[..part], (first + page as u64) * 8).map_err(fail)?;
+            for entry in buffer[..part].chunks_exact(8) {
+                let entry = u64::from_ne_bytes(entry.try_into().unwrap_or_default());
+                if entry & SWAPPED != 0 || entry & PRESENT != 0 && entry & OF_FILE == 0 {
+                    pages.push(u32::try_from(page).unwrap_or(u32::MAX));
+                }
+                page += 1;
+            }
+        }
+        Ok(pages)
     }
 
     /// Maps page `page` for reading, and with it the page tables of its neighbourhood.

@@ -16,96 +16,36 @@
 //! ```
 //!
 //! When the owner goes, its instances end.
-#![expect(unsafe_code, reason = "an inherited descriptor is moved into place and adopted")]
 
+mod error;
 mod folder;
 mod listen;
+mod root;
 mod state;
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::io::PipeReader;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use uuid::Uuid;
 
+pub use error::OwnerError;
 use folder::Folder;
 pub use folder::folders;
+use root::Root;
+pub use crate::program::play_part as instance_if_asked;
 pub use state::{Known, Listener};
 use state::{Memory, Shared};
 
-use crate::fork::{ForkReport, Step};
-use crate::proto::{Envelope, Failure, InstanceConfig, Reply, Request, Stats, WireStep};
+use crate::fork::ForkReport;
+use crate::proto::{Envelope, InstanceConfig, Reply, Request, Stats, WireStep};
 use crate::sys::{self, SysError};
 
-/// Argument that makes a program an instance.
-const INSTANCE: &str = "__instance";
-/// Descriptor of an instance's connection to its owner.
-const LINE: i32 = 3;
 /// How long killed instances may take to be gone.
 const GOODBYE: Duration = Duration::from_secs(10);
 /// How long a request may take unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(90);
-
-/// What an owner can hear.
-#[derive(Debug, thiserror::Error)]
-pub enum OwnerError {
-    /// A system call failed.
-    #[error(transparent)]
-    Sys(#[from] SysError),
-    /// An instance refused.
-    #[error("{}", .0.message)]
-    Refused(Failure),
-    /// There is no such instance, or no more.
-    #[error("there is no instance {0}")]
-    Unknown(Uuid),
-    /// An instance ended while it was waited for.
-    #[error("instance {uuid} ended with code {code}{}", reason(.why))]
-    Ended {
-        /// The instance.
-        uuid: Uuid,
-        /// Its exit code.
-        code: i32,
-        /// Why, if it did not end by itself.
-        why: Option<String>,
-    },
-    /// Nothing came in time.
-    #[error("no {what} within {waited_ms} ms")]
-    Timeout {
-        /// What was waited for.
-        what: &'static str,
-        /// How long.
-        waited_ms: u128,
-    },
-}
-
-fn reason(why: &Option<String>) -> String {
-    why.as_ref().map_or_else(String::new, |why| format!(": {why}"))
-}
-
-impl OwnerError {
-    /// The step and errno of a fork that failed.
-    #[must_use]
-    pub fn fork_failure(&self) -> Option<(Step, i32)> {
-        match self {
-            Self::Refused(failure) => failure.step.map(|step| (step, failure.errno)),
-            _ => None,
-        }
-    }
-}
-
-/// If this process was started as an instance, it becomes one and does not return. To be called
-/// first in `main`, before any thread is started.
-pub fn instance_if_asked() {
-    if std::env::args_os().nth(1).is_some_and(|word| word == INSTANCE) {
-        // SAFETY: `Owner::start` put the connection there, and nothing has touched it since.
-        let line = unsafe { sys::adopt(LINE) };
-        std::process::exit(crate::instance::run_root(line));
-    }
-}
 
 /// Runs instances.
 #[derive(Debug)]
@@ -113,14 +53,6 @@ pub struct Owner {
     shared: Arc<Shared>,
     folder: Folder,
     roots: Mutex<Vec<Root>>,
-}
-
-/// A root instance that was started.
-#[derive(Debug)]
-struct Root {
-    process: Child,
-    uuid: Option<Uuid>,
-    lifeline: Arc<OwnedFd>,
 }
 
 impl Owner {
@@ -174,8 +106,8 @@ impl Owner {
     pub fn start(&self, mut config: InstanceConfig) -> Result<Uuid, OwnerError> {
         config.owner = self.folder.path().join("owner");
         let (ours, theirs) = sys::socket_pair()?;
-        let root = spawn(&theirs)?;
-        let pid = root.process.id();
+        let root = Root::spawn(&theirs)?;
+        let pid = root.pid();
         drop(theirs);
         self.roots().push(root);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
@@ -193,7 +125,7 @@ impl Owner {
                 None => Some(Err(OwnerError::Unknown(Uuid::nil()))),
             }
         })??;
-        if let Some(root) = self.roots().iter_mut().find(|root| root.process.id() == pid) {
+        if let Some(root) = self.roots().iter_mut().find(|root| root.pid() == pid) {
             root.uuid = Some(uuid);
         }
         Ok(uuid)
@@ -206,7 +138,7 @@ impl Owner {
     /// A descriptor that hangs up when the last process of a root's tree is gone: instances,
     /// standbys, zygotes.
     #[must_use]
-    pub fn lifeline(&self, root: Uuid) -> Option<Arc<OwnedFd>> {
+    pub fn lifeline(&self, root: Uuid) -> Option<Arc<PipeReader>> {
         let roots = self.roots();
         roots.iter().find(|known| known.uuid == Some(root)).map(|known| known.lifeline.clone())
     }
@@ -401,11 +333,13 @@ impl Owner {
     /// Ends every instance at once and waits until no process of theirs is left.
     pub fn shutdown(&self) {
         let end = Instant::now() + GOODBYE;
+        // One that never called is known by its process alone.
+        self.roots().iter_mut().filter(|root| root.uuid.is_none()).for_each(Root::kill);
         loop {
             // Again and again: a child that is just being born calls later.
             self.shared.state().kill_all();
             let gone = self.shared.state().all_gone()
-                && self.roots().iter().all(|root| hung_up(&root.lifeline));
+                && self.roots().iter().all(Root::is_gone);
             if gone || Instant::now() > end {
                 break;
             }
@@ -417,43 +351,7 @@ impl Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         self.shutdown();
-        for root in self.roots().iter_mut() {
-            // A root that never called is known by its process alone.
-            drop(root.process.kill());
-            drop(root.process.wait());
-        }
+        self.roots().iter_mut().for_each(Root::reap);
         self.shared.stop();
     }
-}
-
-fn hung_up(lifeline: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(lifeline, PollFlags::empty())];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
-}
-
-/// Starts this program as an instance whose connection is `line`.
-///
-/// Its standard input is the writing end of a pipe, and so is that of every process forked from it:
-/// the pipe hangs up when the last one is gone. Nobody writes to it.
-fn spawn(line: &OwnedFd) -> Result<Root, SysError> {
-    let failed = |source| SysError { call: "starting an instance", source };
-    let (lifeline, theirs) = std::io::pipe().map_err(failed)?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(INSTANCE).stdin(Stdio::from(theirs)).process_group(0);
-    let fd = line.as_raw_fd();
-    let place = move || {
-        // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory. A descriptor that is
-        // in its place already only loses its close-on-exec flag.
-        let result = unsafe {
-            if fd == LINE { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LINE) }
-        };
-        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // SAFETY: `place` does nothing that is forbidden between fork and exec.
-    unsafe {
-        command.pre_exec(place);
-    }
-    let process = command.spawn().map_err(failed)?;
-    Ok(Root { process, uuid: None, lifeline: Arc::new(lifeline.into()) })
 }

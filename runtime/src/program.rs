@@ -1,0 +1,73 @@
+//! This program, started again as something else.
+//!
+//! An instance, and a zygote that replaces a lost one, are the program that links this library,
+//! executed once more with a word as its argument and a connection as descriptor 3. So whoever uses
+//! the library needs no second file, and both sides are of one version.
+#![expect(unsafe_code, reason = "an inherited descriptor is moved into place and adopted")]
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use crate::sys::{self, SysError};
+
+/// Descriptor of the connection.
+const LINE: i32 = 3;
+
+/// What this program can be besides itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// A root instance.
+    Instance,
+    /// A zygote.
+    Zygote,
+}
+
+impl Part {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Instance => "__instance",
+            Self::Zygote => "__zygote",
+        }
+    }
+}
+
+/// If this process was started as a part, it plays it and does not return. To be called first in
+/// `main`, before any thread is started.
+pub fn play_part() {
+    let Some(word) = std::env::args_os().nth(1) else { return };
+    let Some(part) = [Part::Instance, Part::Zygote].into_iter().find(|part| word == part.word())
+    else {
+        return;
+    };
+    // SAFETY: `spawn` put the connection there, and nothing has touched it since.
+    let line = unsafe { sys::adopt(LINE) };
+    match part {
+        Part::Instance => std::process::exit(crate::instance::run_root(line)),
+        Part::Zygote => crate::fork::serve_raised(line),
+    }
+}
+
+/// Starts this program as `part`, with `line` as its connection and `stdin` as its standard input.
+///
+/// # Errors
+///
+/// What fork(2) and execve(2) say.
+pub fn spawn(part: Part, line: &OwnedFd, stdin: Stdio) -> Result<Child, SysError> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(part.word()).stdin(stdin).process_group(0);
+    let fd = line.as_raw_fd();
+    let place = move || {
+        // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory. A descriptor that is in
+        // its place already only loses its close-on-exec flag.
+        let result = unsafe {
+            if fd == LINE { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LINE) }
+        };
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: `place` does nothing that is forbidden between fork and exec.
+    unsafe {
+        command.pre_exec(place);
+    }
+    command.spawn().map_err(|source| SysError { call: "starting a process", source })
+}
