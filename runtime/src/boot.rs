@@ -66,7 +66,8 @@ pub struct Loaded {
 /// Which rule of the ABI it breaks.
 pub fn load(file: &[u8], ram: &GuestRam, layout: &RamLayout) -> Result<Loaded, BootError> {
     let rule = |what: &str| BootError::NotBare { what: what.to_owned() };
-    let header: elf::Elf64_Ehdr = read(file, 0).ok_or_else(|| rule("shorter than an ELF header"))?;
+    let header: elf::Elf64_Ehdr =
+        read(file, 0).ok_or_else(|| rule("shorter than an ELF header"))?;
     if header.e_ident.get(..4) != Some(&[0x7f, b'E', b'L', b'F']) {
         return Err(rule("no ELF magic"));
     }
@@ -84,8 +85,9 @@ pub fn load(file: &[u8], ram: &GuestRam, layout: &RamLayout) -> Result<Loaded, B
     let mut entered = false;
     for index in 0..u64::from(header.e_phnum) {
         let at = header.e_phoff.checked_add(index * size_of::<elf::Elf64_Phdr>() as u64);
-        let segment: elf::Elf64_Phdr =
-            at.and_then(|at| read(file, at)).ok_or_else(|| rule("program headers beyond its end"))?;
+        let segment: elf::Elf64_Phdr = at
+            .and_then(|at| read(file, at))
+            .ok_or_else(|| rule("program headers beyond its end"))?;
         match segment.p_type {
             elf::PT_LOAD if segment.p_memsz > 0 => {
                 entered |= load_segment(file, ram, &segment, limit, header.e_entry)?;
@@ -184,13 +186,8 @@ pub fn prepare(
             vcpus: vcpus.into(),
             ..Header::default()
         };
-        let words = [
-            header.seq,
-            header.work_start,
-            header.work_pages,
-            header.tsc_khz,
-            header.vcpus,
-        ];
+        let words =
+            [header.seq, header.work_start, header.work_pages, header.tsc_khz, header.vcpus];
         for (index, word) in (0_u64..).zip(words) {
             put(entry::param_page(vcpu) + index * 8, word)?;
         }

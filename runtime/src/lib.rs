@@ -1,4 +1,4 @@
-//! fork() for a running KVM virtual machine.
+//! `fork()` for a running KVM virtual machine.
 //!
 //! | module | what it is |
 //! | --- | --- |
@@ -7,11 +7,13 @@
 //! | [`owner`] | the other side: the process that runs a tree of instances |
 //! | [`kvm`], [`memory`], [`device`], [`boot`] | what a machine is made of |
 //! | [`proto`] | what owner and instance say to each other |
+//! | [`doctor`] | whether this host can fork machines, and what would make it faster |
 //!
 //! Dependencies point down: `owner` speaks to `instance` through `proto` alone.
 
 pub mod boot;
 pub mod device;
+pub mod doctor;
 pub mod fork;
 pub mod instance;
 pub mod kvm;

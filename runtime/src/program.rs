@@ -43,7 +43,7 @@ pub fn play_part() {
     // SAFETY: `spawn` put the connection there, and nothing has touched it since.
     let line = unsafe { sys::adopt(LINE) };
     match part {
-        Part::Instance => std::process::exit(crate::instance::run_root(line)),
+        Part::Instance => std::process::exit(crate::instance::run_root(&line)),
         Part::Zygote => crate::fork::serve_raised(line),
     }
 }
@@ -58,10 +58,13 @@ pub fn spawn(part: Part, line: &OwnedFd, stdin: Stdio) -> Result<Child, SysError
     command.arg(part.word()).stdin(stdin).process_group(0);
     let fd = line.as_raw_fd();
     let place = move || {
-        // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory. A descriptor that is in
-        // its place already only loses its close-on-exec flag.
-        let result = unsafe {
-            if fd == LINE { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LINE) }
+        let result = if fd == LINE {
+            // It is in its place and only loses its close-on-exec flag.
+            // SAFETY: fcntl is async-signal-safe and touches no memory here.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }
+        } else {
+            // SAFETY: dup2 is async-signal-safe and touches no memory.
+            unsafe { libc::dup2(fd, LINE) }
         };
         if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
     };

@@ -25,6 +25,7 @@ pub struct SysError {
 
 impl SysError {
     /// The error of `call` from `errno`.
+    #[must_use]
     pub fn last(call: &'static str) -> Self {
         Self { call, source: io::Error::last_os_error() }
     }
@@ -189,8 +190,9 @@ pub fn install_kick_handler() -> Result<(), SysError> {
 
 /// Sends the kick signal to one thread of this process.
 pub fn kick(tid: i32) {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: tgkill touches no memory; a thread that is gone gives ESRCH, which is fine.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+    unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, kick_signal()) };
 }
 
 /// Thread id of the caller.
@@ -330,6 +332,7 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), SysError> {
 /// # Safety
 ///
 /// `fd` is open, and nothing else in this process owns it.
+#[must_use]
 pub unsafe fn adopt(fd: RawFd) -> OwnedFd {
     // SAFETY: open and unowned by this function's contract.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -379,9 +382,8 @@ impl KickTimer {
         event.sigev_notify_thread_id = thread_id();
         let mut timer = std::ptr::null_mut();
         // SAFETY: both pointers are valid for the call.
-        let result = unsafe {
-            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
-        };
+        let result =
+            unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) };
         if result < 0 {
             return Err(SysError::last("timer_create"));
         }
@@ -391,7 +393,8 @@ impl KickTimer {
             it_value: libc::timespec { tv_sec: 0, tv_nsec: first_us * 1000 },
         };
         // SAFETY: the timer exists and the specification is valid.
-        let result = unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) };
+        let result =
+            unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) };
         if result < 0 { Err(SysError::last("timer_settime")) } else { Ok(this) }
     }
 }
@@ -496,10 +499,22 @@ pub unsafe fn unmap_pages(ranges: &[(std::ptr::NonNull<u8>, usize)]) -> Result<(
     };
     match usize::try_from(advised) {
         Ok(advised) if advised == bytes => Ok(()),
-        Ok(_) => Err(SysError {
-            call: "process_madvise",
-            source: io::ErrorKind::UnexpectedEof.into(),
-        }),
+        Ok(_) => {
+            Err(SysError { call: "process_madvise", source: io::ErrorKind::UnexpectedEof.into() })
+        }
         Err(_) => Err(SysError::last("process_madvise")),
     }
+}
+
+/// An error and everything below it, on one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }

@@ -15,12 +15,12 @@
 
 use std::sync::atomic::Ordering;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, MmapRegion};
 
 use super::link::Link;
 use super::step::ForkCause;
 use crate::kvm::{DirtyLog, Machine};
-use crate::memory::{GuestRam, Mapping, PAGE};
+use crate::memory::{DeviceDirty, GuestRam, Mapping, PAGE};
 
 /// The dirty pages of an instance, and the writing end of its journal.
 #[derive(Debug)]
@@ -119,10 +119,12 @@ impl Capture {
         self.log.harvest(machine.vm(), |page| open.insert(page))?;
         let mut first = 0;
         for region in ram.iter() {
-            std::ops::Deref::deref(region).bitmap().drain(|page| {
+            // The region below vm-memory's wrapper owns the bitmap.
+            let region: &MmapRegion<DeviceDirty> = region;
+            region.bitmap().drain(|page| {
                 open.insert(u32::try_from(first + page).unwrap_or(u32::MAX));
             });
-            first += usize::try_from(region.len()).unwrap_or(0) / PAGE;
+            first += region.size() / PAGE;
         }
         Ok(())
     }

@@ -295,8 +295,7 @@ impl Keeper {
         let begin = now_ns();
         loop {
             let mut engine = instance.engine();
-            let mut tick = Tick::default();
-            tick.forks = engine.collect(link);
+            let mut tick = Tick { forks: engine.collect(link), ..Tick::default() };
             self.unreported.append(&mut tick.forks);
             self.receive(link, &mut engine, &mut tick);
             Self::sync_standbys(link, &engine, head);
@@ -384,7 +383,7 @@ impl Keeper {
         let identity = Identity::new()?;
         let base = {
             let mut engine = instance.engine();
-            engine.base.vm.clock = instance.machine().clock()?;
+            instance.machine().save_clock(&mut engine.base.vm)?;
             engine.base.clone()
         };
         link.write_slot(slot, &identity, &base);
@@ -437,8 +436,11 @@ impl Identity {
         let mut bytes = [0_u8; 56];
         let mut filled = 0;
         while filled < bytes.len() {
-            filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
-                .map_err(sys::SysError::new("getrandom"))?;
+            filled += rustix::rand::getrandom(
+                &mut bytes[filled..],
+                rustix::rand::GetRandomFlags::empty(),
+            )
+            .map_err(sys::SysError::new("getrandom"))?;
         }
         let mut identity = Self::default();
         let (uuid, rest) = bytes.split_at(16);

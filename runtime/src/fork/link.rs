@@ -358,28 +358,45 @@ impl Link {
     /// Writes what a standby starts from. Only the parent calls this, while the slot is empty.
     pub(super) fn write_slot(&self, index: usize, identity: &Identity, base: &Base) {
         assert!(index < SLOTS && base.vcpus.len() <= MAX_VCPUS);
-        let slot = self.at::<Slot>(FIRST_SLOT + index * SLOT_BYTES);
         // SAFETY: in bounds and aligned; an empty slot belongs to the parent.
-        unsafe { (&raw mut (*slot).identity).write(*identity) };
+        unsafe { self.slot_identity(index).write(*identity) };
         // SAFETY: as above.
-        unsafe { (&raw mut (*slot).base.vm).write(base.vm) };
-        for (index, vcpu) in base.vcpus.iter().enumerate() {
-            // SAFETY: as above; the index is below MAX_VCPUS.
-            unsafe { (&raw mut (*slot).base.vcpus[index]).write(*vcpu) };
+        unsafe { self.slot_vm(index).write(base.vm) };
+        for (number, vcpu) in base.vcpus.iter().enumerate() {
+            // SAFETY: as above; the number is below MAX_VCPUS.
+            unsafe { self.slot_vcpu(index, number).write(*vcpu) };
         }
     }
 
     /// Identity and base state of a slot. Only its standby calls this.
     pub(super) fn read_slot(&self, index: usize, vcpus: usize) -> (Identity, Base) {
         assert!(index < SLOTS && vcpus <= MAX_VCPUS);
-        let slot = self.at::<Slot>(FIRST_SLOT + index * SLOT_BYTES);
         // SAFETY: in bounds and aligned, written before the standby was forked and never after.
-        let identity = unsafe { (&raw const (*slot).identity).read() };
+        let identity = unsafe { self.slot_identity(index).read() };
         // SAFETY: as above.
-        let vm = unsafe { (&raw const (*slot).base.vm).read() };
-        // SAFETY: as above; indices are below MAX_VCPUS.
-        let vcpu = |index: usize| unsafe { (&raw const (*slot).base.vcpus[index]).read() };
+        let vm = unsafe { self.slot_vm(index).read() };
+        // SAFETY: as above; numbers are below MAX_VCPUS.
+        let vcpu = |number| unsafe { self.slot_vcpu(index, number).read() };
         (identity, Base { vm, vcpus: (0..vcpus).map(vcpu).collect() })
+    }
+
+    fn slot_identity(&self, index: usize) -> *mut Identity {
+        self.at(FIRST_SLOT + index * SLOT_BYTES + std::mem::offset_of!(Slot, identity))
+    }
+
+    fn slot_vm(&self, index: usize) -> *mut VmState {
+        self.at(FIRST_SLOT + index * SLOT_BYTES + std::mem::offset_of!(Slot, base.vm))
+    }
+
+    fn slot_vcpu(&self, index: usize, number: usize) -> *mut VcpuState {
+        let first = FIRST_SLOT + index * SLOT_BYTES + std::mem::offset_of!(Slot, base.vcpus);
+        self.at(first + number * size_of::<VcpuState>())
+    }
+
+    /// Whether the standby of a slot takes part in a fork right now.
+    #[must_use]
+    pub fn is_going(&self, index: usize) -> bool {
+        matches!(self.slot(index).word.load(Ordering::Acquire), word::GO | word::LIVE)
     }
 
     /// Pages that standbys make private ahead.
@@ -429,6 +446,10 @@ impl Link {
     }
 
     /// Number of the page in journal entry `entry`.
+    ///
+    /// # Panics
+    ///
+    /// If the journal has no such entry.
     #[must_use]
     pub fn number(&self, entry: usize) -> &AtomicU32 {
         assert!(entry < self.capacity);
@@ -437,6 +458,10 @@ impl Link {
     }
 
     /// Contents of journal entry `entry`: [`PAGE`] bytes.
+    ///
+    /// # Panics
+    ///
+    /// If the journal has no such entry.
     #[must_use]
     pub fn contents(&self, entry: usize) -> NonNull<u8> {
         assert!(entry < self.capacity);

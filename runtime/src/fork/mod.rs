@@ -1,4 +1,4 @@
-//! fork() for a running machine.
+//! `fork()` for a running machine.
 //!
 //! ```text
 //!  instance A: VMM process                      standby child of A: VMM process, parked

@@ -209,7 +209,7 @@ fn prepare_with(
         meeting: Barrier::new(vcpus.len()),
     });
     instance
-        .start_control(Some(Cradle { link: link.clone(), line }), None)
+        .start_control(Some(Cradle { link: link.clone(), slot, line }), None)
         .map_err(failed)?;
     let mut vcpus = vcpus.into_iter();
     let mut leader = vcpus.next().ok_or_else(|| failed(ForkCause::Died))?;
@@ -233,8 +233,8 @@ fn zygote_of_child(inherited: Inherited) -> Result<(Zygote, Womb), ForkError> {
     let Inherited { host, mut config, image, mapping, owned } = inherited;
     config.standbys = config.child_standbys;
     config.ring_entries = config.child_ring_entries;
-    let link = Link::new(link::capacity(config.ring_entries, config.vcpus))
-        .map_err(at(Step::Prewarm))?;
+    let link =
+        Link::new(link::capacity(config.ring_entries, config.vcpus)).map_err(at(Step::Prewarm))?;
     let womb = Womb { host, config, link, image, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))
@@ -269,7 +269,8 @@ impl Standby {
         if rang == 0 {
             slot.stamps.stamp(Moment::Exited);
         }
-        slot.faults.store(u32::try_from(sys::minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
+        slot.faults
+            .store(u32::try_from(sys::minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
         slot.applied.store(applied.pages, Ordering::Relaxed);
         slot.applied_private.store(applied.private, Ordering::Relaxed);
         slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
@@ -385,10 +386,7 @@ impl Shared {
     }
 
     /// Waits until a field of the fork block has the number of this standby's fork.
-    fn wait(
-        &self,
-        field: impl Fn(&link::ForkBlock) -> &AtomicU32,
-    ) -> Result<(), ForkError> {
+    fn wait(&self, field: impl Fn(&link::ForkBlock) -> &AtomicU32) -> Result<(), ForkError> {
         let block = self.link.fork();
         let number = self.link.slot(self.slot).fork.load(Ordering::Acquire);
         let begin = now_ns();
@@ -397,7 +395,7 @@ impl Shared {
             if seen == number {
                 return Ok(());
             }
-            self.check(block, begin)?;
+            check(block, begin)?;
             if now_ns() - begin > SPIN_NS {
                 block.sleepers.fetch_add(1, Ordering::SeqCst);
                 futex_wait(field(block), seen, Some(Duration::from_millis(10)));
@@ -406,24 +404,11 @@ impl Shared {
         }
     }
 
-    fn check(&self, block: &link::ForkBlock, begin: u64) -> Result<(), ForkError> {
-        if let Some(failure) = path::failure(block.decision.load(Ordering::Acquire)) {
-            return Err(failure);
-        }
-        let waited = now_ns() - begin;
-        if waited > PATIENCE_NS {
-            let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
-            return Err(ForkError { step: Step::Commit, cause });
-        }
-        Ok(())
-    }
-
     /// Says that one vCPU is ready, and returns when all vCPUs of all siblings are.
     fn consent(&self) -> Result<(), ForkError> {
         self.begin(Step::Commit)?;
         // From here on this process outlives its parent, if the fork succeeds.
         sys::die_with_parent(false);
-        self.instance.come_alive();
         let block = self.link.fork();
         let vcpus = u32::try_from(self.base.vcpus.len()).unwrap_or(1);
         let all = block.children.load(Ordering::Relaxed) * vcpus;
@@ -435,6 +420,7 @@ impl Shared {
                 Ordering::Acquire,
             );
             if decided.is_ok() {
+                self.instance.come_alive();
                 futex_wake(&block.decision);
                 return Ok(());
             }
@@ -442,9 +428,12 @@ impl Shared {
         let begin = now_ns();
         loop {
             match block.decision.load(Ordering::Acquire) {
-                decision::COMMITTED => return Ok(()),
+                decision::COMMITTED => {
+                    self.instance.come_alive();
+                    return Ok(());
+                }
                 seen => {
-                    self.check(block, begin)?;
+                    check(block, begin)?;
                     if now_ns() - begin > SPIN_NS {
                         futex_wait(&block.decision, seen, Some(Duration::from_millis(10)));
                     }
@@ -452,6 +441,19 @@ impl Shared {
             }
         }
     }
+}
+
+/// Whether it still makes sense to wait.
+fn check(block: &link::ForkBlock, begin: u64) -> Result<(), ForkError> {
+    if let Some(failure) = path::failure(block.decision.load(Ordering::Acquire)) {
+        return Err(failure);
+    }
+    let waited = now_ns() - begin;
+    if waited > PATIENCE_NS {
+        let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
+        return Err(ForkError { step: Step::Commit, cause });
+    }
+    Ok(())
 }
 
 /// The life of a standby's vCPU other than the leader's.
@@ -481,7 +483,7 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     }
     let begin = now_ns();
     while shared.stage.load(Ordering::Acquire) == 1 {
-        shared.check(shared.link.fork(), begin)?;
+        check(shared.link.fork(), begin)?;
         if now_ns() - begin > SPIN_NS {
             futex_wait(&shared.stage, 1, Some(Duration::from_millis(10)));
         }

@@ -288,7 +288,7 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
             Err(_) => Answer::Failed { errno: libc::EINVAL },
         };
         let Ok(bytes) = serde_json::to_vec(&answer) else { std::process::exit(1) };
-        if sys::send(&socket.as_fd(), &bytes, &[]).is_err() {
+        if sys::send(socket.as_fd(), &bytes, &[]).is_err() {
             std::process::exit(0);
         }
     }

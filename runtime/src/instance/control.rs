@@ -1,8 +1,8 @@
 //! The control thread: talks to the owner, and keeps standbys ready.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -16,7 +16,7 @@ use crate::proto::{Envelope, Event, Failure, MAX_MESSAGE, Reply, Request, Stats}
 use crate::sys::{self, SysError, now_ns};
 
 /// How long a request for standbys or a fork may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Stack of the control thread.
 const STACK: usize = 256 * 1024;
 
@@ -25,6 +25,8 @@ const STACK: usize = 256 * 1024;
 pub struct Cradle {
     /// The parent's link.
     pub link: Arc<Link>,
+    /// Its slot there.
+    pub slot: usize,
     /// End of file: the parent is gone, or this is an instance of its own now.
     pub line: OwnedFd,
 }
@@ -78,6 +80,8 @@ fn wait_for_life(instance: &Instance, cradle: Cradle) -> Arc<Link> {
         match sys::receive(&cradle.line, &mut buffer, RecvFlags::empty()) {
             Ok((len, _)) if len > 0 => instance.gate().nudge(),
             _ if instance.is_alive() => return cradle.link,
+            // In the middle of a fork: the leader comes alive, or ends the process.
+            _ if cradle.link.is_going(cradle.slot) => std::thread::sleep(Duration::from_millis(1)),
             _ => std::process::exit(0),
         }
     }
@@ -85,9 +89,13 @@ fn wait_for_life(instance: &Instance, cradle: Cradle) -> Arc<Link> {
 
 fn connect(path: &std::path::Path) -> Result<OwnedFd, SysError> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(SysError::new("socket"))?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(SysError::new("socket"))?;
     let address = SocketAddrUnix::new(path).map_err(SysError::new("connect"))?;
     rustix::net::connect(&socket, &address).map_err(SysError::new("connect"))?;
     Ok(socket)
@@ -172,10 +180,8 @@ impl Control<'_> {
             return false;
         }
         let link = self.instance.link();
-        let mut fds = [
-            PollFd::new(&self.owner, PollFlags::IN),
-            PollFd::new(link.bell(), PollFlags::IN),
-        ];
+        let mut fds =
+            [PollFd::new(&self.owner, PollFlags::IN), PollFd::new(link.bell(), PollFlags::IN)];
         let time = time.map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
@@ -271,8 +277,7 @@ impl Control<'_> {
     fn standbys(&mut self, count: u32) -> Result<Reply, Failure> {
         self.arm().map_err(|error| failure(&error))?;
         self.keeper.set_target(count);
-        self.pump(|instance| instance.engine().ready() >= count as usize)
-            .map(|()| Reply::Done)
+        self.pump(|instance| instance.engine().ready() >= count as usize).map(|()| Reply::Done)
     }
 
     /// A fork that the host asks for.
@@ -298,7 +303,10 @@ impl Control<'_> {
                 let uuid = |identity: &crate::fork::Identity| Uuid::from_bytes(identity.uuid);
                 Ok(Reply::Forked { children: identities.iter().map(uuid).collect() })
             }
-            Err(error) => Err(failure(&error)),
+            Err(error) => {
+                instance.engine().forget_waiting();
+                Err(failure(&error))
+            }
         }
     }
 

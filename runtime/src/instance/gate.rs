@@ -163,7 +163,8 @@ impl Gate {
     /// has been saved and does not change meanwhile.
     pub fn block(&self, index: usize, timeout: Option<Duration>, ready: impl Fn() -> bool) {
         let seat = &self.vcpus[index];
-        let end = timeout.map(|timeout| now_ns() + u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
+        let end =
+            timeout.map(|timeout| now_ns() + u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX));
         seat.state.store(BLOCKED, Ordering::SeqCst);
         self.announce_stop();
         loop {
@@ -259,7 +260,8 @@ impl Drop for Stopped<'_> {
         let gate = self.gate;
         gate.closed.store(0, Ordering::SeqCst);
         for seat in &gate.vcpus {
-            let held = seat.state.compare_exchange(HELD, BLOCKED, Ordering::SeqCst, Ordering::SeqCst);
+            let held =
+                seat.state.compare_exchange(HELD, BLOCKED, Ordering::SeqCst, Ordering::SeqCst);
             if held.is_ok() && seat.waits_for_release.load(Ordering::SeqCst) {
                 seat.bell.fetch_add(1, Ordering::SeqCst);
                 futex_wake(&seat.bell);

@@ -24,12 +24,19 @@ pub use root::run_root;
 use crate::device::Answer;
 use crate::fork::{Engine, Identity, Link, Zygote};
 use crate::kvm::{Kick, Machine};
-use crate::memory::{GuestRam, Image, Mapping, MemoryError, RamLayout, Sealed, Writable, guest_ram};
+use crate::memory::{
+    GuestRam, Image, Mapping, MemoryError, RamLayout, Sealed, Writable, guest_ram,
+};
 use crate::proto::{Event, InstanceConfig};
 use crate::sys::{self, SysError};
 
 /// Stack of a vCPU thread: its frames are small, and a thousand children have one each.
 const VCPU_STACK: usize = 128 * 1024;
+
+/// Bytes of console output in one message.
+const CONSOLE_CHUNK: usize = 4096;
+/// Messages that wait for the owner before console output is dropped.
+const OUTBOX: usize = 1024;
 
 /// What an instance is assembled from.
 #[derive(Debug)]
@@ -78,6 +85,7 @@ pub struct Instance {
     /// Sequence number of the program that each vCPU was last given.
     programs: Vec<AtomicU64>,
     outbox: Mutex<VecDeque<Event>>,
+    console_lost: AtomicU64,
     /// This process is an instance of its own right, not a standby.
     alive: AtomicBool,
     ready: AtomicBool,
@@ -119,6 +127,7 @@ impl Instance {
             answer: Mutex::default(),
             programs,
             outbox: Mutex::default(),
+            console_lost: AtomicU64::new(0),
             alive: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             exit_code: AtomicI32::new(0),
@@ -240,8 +249,34 @@ impl Instance {
         self.link.ring();
     }
 
+    /// Console output for the owner. The guest can write faster than the owner reads: what is too
+    /// much is dropped, and the owner is told.
+    fn post_console(&self, bytes: &[u8]) {
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let full = outbox.len() >= OUTBOX;
+        match outbox.back_mut() {
+            Some(Event::Console { bytes: last }) if last.len() < CONSOLE_CHUNK => {
+                last.extend_from_slice(bytes);
+            }
+            _ if full => {
+                self.console_lost.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            }
+            _ => outbox.push_back(Event::Console { bytes: bytes.into() }),
+        }
+        drop(outbox);
+        self.link.ring();
+    }
+
     fn take_events(&self) -> VecDeque<Event> {
-        std::mem::take(&mut *self.outbox.lock().unwrap_or_else(PoisonError::into_inner))
+        let lost = self.console_lost.swap(0, Ordering::Relaxed);
+        let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut events = std::mem::take(&mut *outbox);
+        if lost > 0 {
+            events.push_back(Event::Note {
+                text: format!("{lost} bytes of console output were lost"),
+            });
+        }
+        events
     }
 
     /// Ends the instance: all vCPU threads return, the control thread says goodbye.

@@ -52,14 +52,14 @@ pub enum StartError {
 /// Runs a root instance in this process, which has one thread and whose descriptor 3 is connected
 /// to the owner. Returns its exit code.
 #[must_use]
-pub fn run_root(owner: OwnedFd) -> i32 {
+pub fn run_root(owner: &OwnedFd) -> i32 {
     sys::set_process_name("ukp-instance");
-    match start(&owner) {
+    match start(owner) {
         Ok(code) => code,
         Err(error) => {
             let event = Event::Exited { code: 1, reason: Some(chain(&error)) };
             if let Ok(bytes) = serde_json::to_vec(&event) {
-                sys::send(&owner, &bytes, &[]).unwrap_or(());
+                sys::send(owner, &bytes, &[]).unwrap_or(());
             }
             1
         }
@@ -90,10 +90,8 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     let guest = if config.bare.as_os_str().is_empty() {
         boot::EMBEDDED.to_vec()
     } else {
-        std::fs::read(&config.bare).map_err(|source| BootError::Read {
-            path: config.bare.display().to_string(),
-            source,
-        })?
+        std::fs::read(&config.bare)
+            .map_err(|source| BootError::Read { path: config.bare.display().to_string(), source })?
     };
     let mut base = Base { vm: VmState::default(), vcpus: vec![VcpuState::default(); vcpus.len()] };
     let count = config.vcpus;
@@ -117,7 +115,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     instance.keep_image(image);
     let ram = instance.ram();
     let loaded = boot::load(&guest, ram, &layout)?;
-    let khz = vcpus.first().map_or(Ok(0), |vcpu| vcpu.tsc_khz())?;
+    let khz = vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
     boot::prepare(ram, &layout, &loaded, count, khz)?;
     for vcpu in &mut vcpus {
         boot::start(vcpu, &loaded)?;
@@ -157,7 +155,12 @@ fn check(config: &InstanceConfig) -> Result<(), StartError> {
     let ring = u64::from(config.ring_entries);
     let child_ring = u64::from(config.child_ring_entries);
     for (what, value, least, most) in [
-        ("memory_mib", config.memory_mib.into(), RamLayout::MIN_MIB.into(), RamLayout::MAX_MIB.into()),
+        (
+            "memory_mib",
+            config.memory_mib.into(),
+            RamLayout::MIN_MIB.into(),
+            RamLayout::MAX_MIB.into(),
+        ),
         ("vcpus", config.vcpus.into(), 1, MAX_VCPUS as u64),
         ("ring_entries", ring, 1024, 65536),
         ("child_ring_entries", child_ring, 1024, 65536),
@@ -178,10 +181,7 @@ fn check(config: &InstanceConfig) -> Result<(), StartError> {
 }
 
 /// An image of the backing asked for, or of the ordinary one with a line that says why.
-fn image(
-    kind: BackingKind,
-    bytes: u64,
-) -> Result<(Image<Writable>, Option<String>), MemoryError> {
+fn image(kind: BackingKind, bytes: u64) -> Result<(Image<Writable>, Option<String>), MemoryError> {
     match Image::new(kind, bytes) {
         Ok(image) => Ok((image, None)),
         Err(error) if kind != BackingKind::Small => {

@@ -87,9 +87,8 @@ impl Instance {
 
     fn save(&self, vcpu: &mut Vcpu) -> bool {
         let index = vcpu.index() as usize;
-        let saved = vcpu
-            .settle()
-            .and_then(|()| self.gate.with_saved(index, |state| vcpu.save(state)));
+        let saved =
+            vcpu.settle().and_then(|()| self.gate.with_saved(index, |state| vcpu.save(state)));
         if let Err(error) = saved {
             self.exit(1, Some(chain(&error)));
             return false;
@@ -104,7 +103,8 @@ impl Instance {
             Action::Fork { children, doorbell_ns } => self.fork(vcpu, children, doorbell_ns),
             Action::Announce { window_us } => self.announce(window_us),
             Action::Park { seen } => {
-                let newer = || self.programs[index].load(Ordering::Acquire) as u32 != seen;
+                // The guest sees the lower half of the sequence number.
+                let newer = || low(self.programs[index].load(Ordering::Acquire)) != seen;
                 if !newer() && self.save(vcpu) {
                     self.gate.block(index, None, newer);
                 }
@@ -127,7 +127,7 @@ impl Instance {
     /// Turns an exit into what it asks for. Everything in it comes from the guest.
     fn after_exit_at(&self, exit: Result<Option<VcpuExit<'_>>, KvmError>, now: u64) -> Action {
         match exit {
-            Ok(None) => Action::Continue,
+            Ok(None | Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
             Ok(Some(VcpuExit::IoOut(port, data))) => self.port_write(port, data, now),
             Ok(Some(VcpuExit::IoIn(port, data))) => {
                 data.fill(0);
@@ -140,7 +140,6 @@ impl Instance {
                 data.fill(0xff);
                 Action::Continue
             }
-            Ok(Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
             Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => self.drain_ring(),
             Ok(Some(VcpuExit::Shutdown)) => {
                 let reason = "the guest stopped with a triple fault (an exception without handler)";
@@ -155,7 +154,7 @@ impl Instance {
 
     fn port_write(&self, port: u16, data: &[u8], now: u64) -> Action {
         if port == port::CONSOLE {
-            self.post(Event::Console { bytes: data.to_vec() });
+            self.post_console(data);
             return Action::Continue;
         }
         let mut word = [0; 4];
@@ -170,7 +169,7 @@ impl Instance {
             port::PAUSE => Action::Pause { us: value },
             port::DONE => Action::Done { seq: value },
             port::READY => Action::Ready,
-            port::EXIT => Action::Exit { code: i32::from(value as u8), reason: None },
+            port::EXIT => Action::Exit { code: i32::from(word[0]), reason: None },
             _ => Action::Continue,
         }
     }
@@ -204,6 +203,9 @@ impl Instance {
             self.gate.block(index, Some(Duration::from_millis(50)), changed);
         };
         let result = self.fork_children(Some(vcpu), children, doorbell_ns, wait);
+        if result.is_err() {
+            self.engine().forget_waiting();
+        }
         let answer = match result {
             Ok(identities) => Answer::parent(&self.identity, &identities),
             Err(error) => Answer::failed(&self.identity, error.cause.errno(), error.step as u32),
@@ -309,7 +311,8 @@ impl Instance {
         let blank = crate::proto::WireStep::default();
         for index in 0..super::MAX_STEPS {
             let step = steps.get(index).unwrap_or(&blank);
-            let head = u64::from(step.op) | u64::from(step.who) << 32 | u64::from(step.result) << 48;
+            let head =
+                u64::from(step.op) | u64::from(step.who) << 32 | u64::from(step.result) << 48;
             let offset = std::mem::offset_of!(ParamPage, steps)
                 + index * size_of::<guest_abi::param::Step>();
             let [a, b, c, d] = step.args;
@@ -320,6 +323,11 @@ impl Instance {
         self.gate.unblock(vcpu as usize);
         Ok(next)
     }
+}
+
+/// The lower half of a word.
+fn low(word: u64) -> u32 {
+    u32::try_from(word & u64::from(u32::MAX)).unwrap_or(0)
 }
 
 /// `KVM_EXIT_DIRTY_RING_FULL`.

@@ -6,7 +6,10 @@
 //!
 //! Between harvest and reset a page is writable without being logged again: whoever harvests keeps
 //! such pages and copies them at every capture until the reset.
-#![expect(unsafe_code, reason = "the ring is memory shared with the kernel; two ioctls are not wrapped")]
+#![expect(
+    unsafe_code,
+    reason = "the ring is memory shared with the kernel; two ioctls are not wrapped"
+)]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
@@ -87,7 +90,9 @@ impl Ring {
     /// Takes the next logged page.
     fn take(&mut self) -> Option<(u32, u64)> {
         // SAFETY: the index is below the number of mapped entries.
-        let entry = unsafe { self.entries.add((self.next % self.count) as usize).as_ref() };
+        let entry = unsafe { self.entries.add((self.next % self.count) as usize) };
+        // SAFETY: mapped and aligned; the kernel shares it, so it has only atomics.
+        let entry = unsafe { entry.as_ref() };
         if entry.flags.load(Ordering::Acquire) & DIRTY == 0 {
             return None;
         }
@@ -122,13 +127,20 @@ enum Source {
 }
 
 impl DirtyLog {
-    pub(super) fn rings(layout: RamLayout, vcpus: &[&VcpuFd], count: u32) -> Result<Self, KvmError> {
+    pub(super) fn rings(
+        layout: RamLayout,
+        vcpus: &[&VcpuFd],
+        count: u32,
+    ) -> Result<Self, KvmError> {
         let rings = vcpus.iter().map(|vcpu| Ring::map(vcpu, count)).collect::<Result<_, _>>()?;
         Ok(Self { layout, source: Source::Ring(rings) })
     }
 
     pub(super) fn bitmap(layout: RamLayout) -> Self {
-        let words = |len: u64| vec![0_u64; (len / PAGE as u64).div_ceil(64) as usize];
+        let words = |len: u64| {
+            let pages = usize::try_from(len).unwrap_or(usize::MAX) / PAGE;
+            vec![0_u64; pages.div_ceil(64)]
+        };
         let maps: Vec<_> = layout.ranges().map(|range| words(range.len)).collect();
         Self { layout, source: Source::Bitmap { scratch: maps.clone(), pending: maps } }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{KvmError, MAX_MSRS, MAX_XSAVE};
@@ -77,8 +77,13 @@ impl Host {
             .collect();
         msrs.sort_unstable_by_key(|msr| (*msr == MSR_TSC_DEADLINE, *msr));
         if msrs.len() > MAX_MSRS {
-            return Err(KvmError::TooLarge { what: "the MSR list", needed: msrs.len(), room: MAX_MSRS });
+            return Err(KvmError::TooLarge {
+                what: "the MSR list",
+                needed: msrs.len(),
+                room: MAX_MSRS,
+            });
         }
+        let msrs = usable_msrs(&kvm, &cpuid, msrs)?;
         Ok(Self {
             kvm,
             cpuid,
@@ -99,5 +104,35 @@ impl Host {
     #[must_use]
     pub fn has_dirty_ring(&self) -> bool {
         self.ring_entries > 0
+    }
+}
+
+/// The MSRs of `msrs` that can be read, and set to what was read: some that KVM lists are there only
+/// for guests with features that ours do not have.
+fn usable_msrs(kvm: &Kvm, cpuid: &CpuId, mut msrs: Vec<u32>) -> Result<Vec<u32>, KvmError> {
+    let vm = kvm.create_vm().map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
+    vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
+    let vcpu = vm.create_vcpu(0).map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
+    vcpu.set_cpuid2(cpuid).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
+    loop {
+        let entries: Vec<_> = msrs
+            .iter()
+            .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
+            .collect();
+        let mut list = Msrs::from_entries(&entries).map_err(|_| KvmError::TooLarge {
+            what: "the MSR list",
+            needed: entries.len(),
+            room: MAX_MSRS,
+        })?;
+        let read = vcpu.get_msrs(&mut list).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+        let done = if read < msrs.len() {
+            read
+        } else {
+            vcpu.set_msrs(&list).map_err(KvmError::ioctl("KVM_SET_MSRS"))?
+        };
+        if done >= msrs.len() {
+            return Ok(msrs);
+        }
+        msrs.remove(done);
     }
 }

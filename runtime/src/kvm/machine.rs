@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 
 use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu};
 use crate::memory::{Mapping, RamLayout};
+use crate::sys::now_ns;
 
 /// `KVM_CLOCK_REALTIME` (Linux 5.16): the pair of guest clock and host wall clock is exact.
 const CLOCK_REALTIME: u32 = 1 << 2;
@@ -44,6 +45,8 @@ pub struct VmState {
     pub irqchips: [kvm_irqchip; 3],
     /// kvmclock.
     pub clock: kvm_clock_data,
+    /// When it was read, in nanoseconds of the host's monotonic clock.
+    pub clock_read_ns: u64,
     /// Guest TSC minus host TSC, and whether it is known.
     pub tsc_offset: [u64; 2],
 }
@@ -148,7 +151,7 @@ impl Machine {
     /// The ioctl that failed.
     pub fn save(&self, boot: &Vcpu, state: &mut VmState) -> Result<(), KvmError> {
         self.save_irqchips(state)?;
-        state.clock = self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        self.save_clock(state)?;
         state.tsc_offset = match boot.tsc_offset() {
             Some(offset) => [offset, 1],
             None => [0, 0],
@@ -170,13 +173,15 @@ impl Machine {
         Ok(())
     }
 
-    /// The guest's kvmclock and the host's clocks at the same moment.
+    /// Reads the guest's kvmclock and the host's clocks at the same moment.
     ///
     /// # Errors
     ///
     /// What `KVM_GET_CLOCK` says.
-    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
-        self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))
+    pub fn save_clock(&self, state: &mut VmState) -> Result<(), KvmError> {
+        state.clock = self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        state.clock_read_ns = now_ns();
+        Ok(())
     }
 
     /// Sets the interrupt controllers.
@@ -203,12 +208,14 @@ impl Machine {
                 vcpu.set_tsc_offset(offset)?;
             }
         }
-        let clock = kvm_clock_data {
-            clock: state.clock.clock,
-            realtime: state.clock.realtime,
-            flags: state.clock.flags & CLOCK_REALTIME,
-            ..Default::default()
-        };
+        let mut clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
+        if state.clock.flags & CLOCK_REALTIME != 0 {
+            clock.realtime = state.clock.realtime;
+            clock.flags = CLOCK_REALTIME;
+        } else {
+            // No exact pair on this host (an unstable TSC, or Linux before 5.16).
+            clock.clock += now_ns() - state.clock_read_ns;
+        }
         self.vm.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
     }
 }

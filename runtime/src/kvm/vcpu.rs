@@ -1,5 +1,8 @@
 //! One virtual processor.
-#![expect(unsafe_code, reason = "ioctls that are not wrapped, and the immediate_exit byte shared with other threads")]
+#![expect(
+    unsafe_code,
+    reason = "ioctls that are not wrapped, and the immediate_exit byte shared with other threads"
+)]
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -171,11 +174,8 @@ impl Vcpu {
     }
 
     fn save_xsave(&self, state: &mut VcpuState) -> Result<(), KvmError> {
-        let (name, request) = if self.xsave2 {
-            ("KVM_GET_XSAVE2", GET_XSAVE2)
-        } else {
-            ("KVM_GET_XSAVE", GET_XSAVE)
-        };
+        let (name, request) =
+            if self.xsave2 { ("KVM_GET_XSAVE2", GET_XSAVE2) } else { ("KVM_GET_XSAVE", GET_XSAVE) };
         // SAFETY: the descriptor is a vCPU. KVM writes 4096 bytes with KVM_GET_XSAVE and as many
         // as KVM_CAP_XSAVE2 says with KVM_GET_XSAVE2; `Host::open` refused a host with more than
         // the MAX_XSAVE bytes that the destination has.
@@ -186,8 +186,7 @@ impl Vcpu {
 
     fn save_msrs(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
         let requested = self.msrs.as_slice().len();
-        let applied =
-            self.fd.get_msrs(&mut self.msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+        let applied = self.fd.get_msrs(&mut self.msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
         if applied != requested {
             let index = self.msrs.as_slice()[applied].index;
             return Err(KvmError::ShortMsrs { name: "KVM_GET_MSRS", applied, requested, index });
@@ -204,7 +203,8 @@ impl Vcpu {
     ///
     /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR was refused.
     pub fn restore(&mut self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
-        let differs = |same: fn(&VcpuState, &VcpuState) -> bool| from.is_none_or(|from| !same(to, from));
+        let differs =
+            |same: fn(&VcpuState, &VcpuState) -> bool| from.is_none_or(|from| !same(to, from));
         if differs(|a, b| a.xcrs == b.xcrs) {
             self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
         }
@@ -275,7 +275,11 @@ impl Vcpu {
         let requested = self.msrs.as_slice().len();
         let from = to.msrs();
         if from.len() != requested {
-            return Err(KvmError::TooLarge { what: "the MSR list", needed: from.len(), room: requested });
+            return Err(KvmError::TooLarge {
+                what: "the MSR list",
+                needed: from.len(),
+                room: requested,
+            });
         }
         self.msrs.as_mut_slice().copy_from_slice(from);
         let applied = self.fd.set_msrs(&self.msrs).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;

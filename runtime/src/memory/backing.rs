@@ -173,7 +173,9 @@ impl Backing for Hugetlb {
                 .unwrap_or(0)
         };
         let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
-        let needed = bytes.div_ceil(2 << 20);
+        // The image, and what instance and zygote reserve for pages of their own: without the
+        // reservation the first write to a page could find the pool empty and end in SIGBUS.
+        let needed = 3 * bytes.div_ceil(2 << 20);
         if free < needed { Err(MemoryError::PoolExhausted { free, needed }) } else { Ok(()) }
     }
 }

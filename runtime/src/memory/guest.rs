@@ -18,7 +18,8 @@ pub type GuestRam = GuestMemoryMmap<DeviceDirty>;
 ///
 /// If the mapping is smaller than the layout.
 pub fn guest_ram(mapping: &Mapping, layout: &RamLayout) -> Result<GuestRam, MemoryError> {
-    let invalid = || SysError { call: "mapping guest RAM", source: std::io::ErrorKind::InvalidInput.into() };
+    let invalid =
+        || SysError { call: "mapping guest RAM", source: std::io::ErrorKind::InvalidInput.into() };
     if layout.bytes() > mapping.bytes() as u64 {
         return Err(invalid().into());
     }
@@ -32,9 +33,7 @@ pub fn guest_ram(mapping: &Mapping, layout: &RamLayout) -> Result<GuestRam, Memo
         // SAFETY: the range lies in a mapping that outlives the region by this function's contract.
         let builder = unsafe { builder.with_raw_mmap_pointer(address) };
         let region = builder.build().map_err(|_| invalid())?;
-        regions.push(
-            GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(invalid)?,
-        );
+        regions.push(GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(invalid)?);
     }
     GuestMemoryMmap::from_regions(regions).map_err(|_| invalid().into())
 }

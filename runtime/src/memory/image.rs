@@ -54,9 +54,8 @@ impl Image<Writable> {
     pub fn new(kind: BackingKind, bytes: u64) -> Result<Self, MemoryError> {
         let backing = kind.backing();
         backing.check(bytes)?;
-        let fail = |what| {
-            move |source| MemoryError::Memfd { what, requested_mib: bytes >> 20, source }
-        };
+        let fail =
+            |what| move |source| MemoryError::Memfd { what, requested_mib: bytes >> 20, source };
         let memfd = backing.memfd().create("guest-ram").map_err(|error| match error {
             memfd::Error::Create(source)
             | memfd::Error::AddSeals(source)
@@ -108,7 +107,8 @@ impl Image<Sealed> {
     ///
     /// `EPERM` if the file is not sealed: it could still change below a private mapping.
     pub fn adopt(file: OwnedFd, bytes: u64, kind: BackingKind) -> Result<Self, MemoryError> {
-        let seals = rustix::fs::fcntl_get_seals(&file).map_err(SysError::new("fcntl(F_GET_SEALS)"))?;
+        let seals =
+            rustix::fs::fcntl_get_seals(&file).map_err(SysError::new("fcntl(F_GET_SEALS)"))?;
         if !seals.contains(rustix::fs::SealFlags::WRITE) {
             return Err(SysError::new("adopting an unsealed image")(rustix::io::Errno::PERM).into());
         }

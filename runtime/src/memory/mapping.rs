@@ -4,6 +4,7 @@
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -62,20 +63,11 @@ impl Mapping {
         // SAFETY: without `at` the kernel picks a free range; with it the range is our own old
         // mapping of the same size, which this one replaces and which nobody holds references to.
         let address = unsafe {
-            rustix::mm::mmap(
-                hint,
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                flags | fixed,
-                file,
-                0,
-            )
+            rustix::mm::mmap(hint, len, ProtFlags::READ | ProtFlags::WRITE, flags | fixed, file, 0)
         }
         .map_err(SysError::new("mmap"))?;
-        let address = NonNull::new(address.cast::<u8>()).ok_or(SysError {
-            call: "mmap",
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        })?;
+        let address = NonNull::new(address.cast::<u8>())
+            .ok_or(SysError { call: "mmap", source: std::io::ErrorKind::OutOfMemory.into() })?;
         let mapping = Self { address, bytes: len, kind };
         if kind.backing().advise_huge() {
             mapping.advise(0, len, Advice::LinuxHugepage)?;
@@ -200,11 +192,10 @@ impl Mapping {
 
     /// Makes page `page` private to this process, contents unchanged.
     pub fn touch(&self, page: u32) {
-        let word = self.page(page).as_ptr().cast::<u64>();
         // An atomic add of 0 is a write that changes nothing, whoever else writes.
-        // SAFETY: page-aligned, mapped, and accessed atomically.
-        let word = unsafe { std::sync::atomic::AtomicU64::from_ptr(word) };
-        word.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+        // SAFETY: mapped, and accessed atomically.
+        let byte = unsafe { AtomicU8::from_ptr(self.page(page).as_ptr()) };
+        byte.fetch_add(0, Ordering::Relaxed);
     }
 }
 
