@@ -9,11 +9,13 @@
 //! ab: two executables ──> stats::interleave ──> stats::judge ──> alarm or not
 //! ```
 //!
-//! Nothing here knows how a machine is forked, except the laboratory behind [`session::Lab`].
+//! Nothing here knows how a machine is forked, except the laboratory behind [`session::Lab`]. What
+//! its figures are compared with, in the same run, is timed by [`baseline`].
 //! What the figures mean is in `METHODOLOGY.md`, what they cannot say in `BIAS.md`.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
 
+pub mod baseline;
 pub mod cli;
 pub mod plot;
 pub mod progress;
