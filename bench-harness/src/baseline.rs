@@ -3,6 +3,7 @@
 //! | module | what is timed |
 //! | --- | --- |
 //! | [`floor`] | the kernel primitives that no fork can avoid, one by one, and their sum |
+//! | [`cold`] | the same virtual machine made from nothing, up to its first exit |
 //! | [`process`] | fork(2) of a process with as much memory touched; `posix_spawn` of `true` |
 //!
 //! None of it uses the fork engine: a floor that fell with the engine would be no floor. All times
@@ -12,6 +13,7 @@
 
 mod board;
 mod child;
+pub mod cold;
 pub mod floor;
 mod guest;
 pub mod process;
