@@ -35,6 +35,15 @@ impl PageBits {
         Self { words: vec![0; (mapping.bytes() / PAGE).div_ceil(64)] }
     }
 
+    /// Takes the page faults of using it now, unless it is large.
+    fn populate(&mut self) {
+        const MOST: usize = 16 * PAGE / size_of::<u64>();
+        for word in self.words.iter_mut().take(MOST).step_by(PAGE / size_of::<u64>()) {
+            // A plain write of zero to zeroed memory would be optimised out.
+            *std::hint::black_box(word) = 0;
+        }
+    }
+
     /// Adds `page`; tells whether it was there.
     pub fn insert(&mut self, page: u32) -> bool {
         let Some(word) = self.words.get_mut(page as usize / 64) else { return false };
@@ -107,6 +116,8 @@ impl Applier {
     /// shared with its zygote.
     #[must_use]
     pub fn new(mapping: &Mapping, inherited: PageBits) -> Self {
+        let mut private = PageBits::new(mapping);
+        private.populate();
         // A huge page is copied as a whole or not at all, so filling 4 KiB of it is no use there.
         let uffd = match mapping.kind() {
             BackingKind::Hugetlb => None,
@@ -115,7 +126,7 @@ impl Applier {
         Self {
             unmaps: uffd.is_some(),
             uffd,
-            private: PageBits::new(mapping),
+            private,
             inherited,
             shared: Vec::with_capacity(BATCH),
             ranges: Vec::with_capacity(BATCH),

@@ -252,7 +252,7 @@ impl Standby {
         slot.avoids.store(avoid, Ordering::Relaxed);
         slot.word.store(word::PARKED, Ordering::Release);
         shared.link.ring();
-        let faults = self.park()?;
+        let faults = self.park(&mut vcpu)?;
         slot.stamps.stamp(Moment::Awake);
         shared.set_stage(1);
         let applied = self.apply_fork()?;
@@ -286,7 +286,7 @@ impl Standby {
     }
 
     /// Returns when the word is `GO`, with the page faults of this process until then.
-    fn park(&mut self) -> Result<u64, ForkError> {
+    fn park(&mut self, vcpu: &mut Vcpu) -> Result<u64, ForkError> {
         let shared = self.shared.clone();
         let slot = shared.link.slot(shared.slot);
         let mut faults = sys::minor_faults();
@@ -308,7 +308,9 @@ impl Standby {
                     faults = sys::minor_faults();
                 }
                 word::ANNOUNCED if now_ns() < slot.spin_until_ns.load(Ordering::Relaxed) => {
-                    // No pause instruction: under a hypervisor it may leave the processor.
+                    // Instead of spinning on the word alone: it keeps KVM's entry path in caches
+                    // and TLB.
+                    vcpu.warm_up().map_err(ForkError::at(Step::Wake))?;
                 }
                 seen => {
                     if seen == word::ANNOUNCED {
