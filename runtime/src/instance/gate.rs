@@ -59,6 +59,8 @@ struct Seat {
 #[must_use]
 pub struct Stopped<'a> {
     gate: &'a Gate,
+    /// Whether there is a vCPU besides the one that stopped the others.
+    others: bool,
 }
 
 impl Gate {
@@ -210,7 +212,7 @@ impl Gate {
     /// `None` if they did not within `timeout`; they are let go then.
     pub fn stop(&self, own: Option<usize>, timeout: Duration) -> Option<Stopped<'_>> {
         self.closed.store(1, Ordering::SeqCst);
-        let stopped = Stopped { gate: self };
+        let stopped = Stopped { gate: self, others: self.others(own).next().is_some() };
         for (_, seat) in self.others(own) {
             let state = &seat.state;
             let held =
@@ -267,7 +269,7 @@ impl Drop for Stopped<'_> {
                 futex_wake(&seat.bell);
             }
         }
-        if gate.vcpus.len() > 1 {
+        if self.others {
             futex_wake(&gate.closed);
         }
     }
