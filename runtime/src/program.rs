@@ -66,11 +66,26 @@ pub fn spawn(part: Part, line: &OwnedFd, stdin: Stdio) -> Result<Child, SysError
             // SAFETY: dup2 is async-signal-safe and touches no memory.
             unsafe { libc::dup2(fd, LINE) }
         };
-        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        if result < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        unblock_signals();
+        Ok(())
     };
     // SAFETY: `place` does nothing that is forbidden between fork and exec.
     unsafe {
         command.pre_exec(place);
     }
     command.spawn().map_err(|source| SysError { call: "starting a process", source })
+}
+
+/// An owner that blocks signals in order to wait for them does so for itself alone.
+fn unblock_signals() {
+    // SAFETY: an all-zero set is valid memory.
+    let mut none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: a valid destination; async-signal-safe.
+    unsafe { libc::sigemptyset(&raw mut none) };
+    // SAFETY: a valid set, and the old one is not asked for; async-signal-safe. It cannot fail for
+    // a valid operation.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) };
 }

@@ -19,7 +19,7 @@ pub enum OwnerError {
     #[error("there is no instance {0}")]
     Unknown(Uuid),
     /// An instance ended while it was waited for.
-    #[error("instance {uuid} ended with code {code}{}", reason(.why))]
+    #[error("instance {uuid} ended with code {code}{}", reason(.why.as_deref()))]
     Ended {
         /// The instance.
         uuid: Uuid,
@@ -38,8 +38,8 @@ pub enum OwnerError {
     },
 }
 
-fn reason(why: &Option<String>) -> String {
-    why.as_ref().map_or_else(String::new, |why| format!(": {why}"))
+fn reason(why: Option<&str>) -> String {
+    why.map_or_else(String::new, |why| format!(": {why}"))
 }
 
 impl OwnerError {

@@ -41,7 +41,8 @@ impl Folder {
             let path = base.join(Uuid::new_v4().simple().to_string());
             DirBuilder::new().mode(0o700).create(&path).map_err(making)?;
             let Ok(lock) = open(&path) else { continue };
-            rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(SysError::new("flock"))?;
+            rustix::fs::flock(&lock, FlockOperation::LockExclusive)
+                .map_err(SysError::new("flock"))?;
             // Between its creation and the lock somebody may have removed it.
             if path.is_dir() {
                 return Ok(Self { path, _lock: lock });
@@ -156,7 +157,7 @@ mod tests {
         }
         let lock = open(&alive).expect("it was just made");
         rustix::fs::flock(&lock, FlockOperation::LockExclusive).expect("nobody else has it");
-        assert_eq!(live(&base), [alive.clone()]);
+        assert_eq!(live(&base), std::slice::from_ref(&alive));
         assert!(!dead.exists());
         assert!(other.exists());
         fs::remove_dir_all(&base).expect("it is ours");

@@ -78,7 +78,7 @@ fn accept(shared: &Shared, socket: &OwnedFd) {
             .is_ok_and(|peer| peer.uid == rustix::process::geteuid());
         if ours {
             // Without a descriptor left the child sees its connection closed, and ends.
-            shared.adopt(connection).map(drop).unwrap_or(());
+            drop(shared.adopt(connection));
         }
     }
 }

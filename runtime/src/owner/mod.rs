@@ -30,11 +30,11 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+pub use crate::program::play_part as instance_if_asked;
 pub use error::OwnerError;
 use folder::Folder;
 pub use folder::folders;
 use root::Root;
-pub use crate::program::play_part as instance_if_asked;
 pub use state::{Known, Listener};
 use state::{Memory, Shared};
 
@@ -119,9 +119,10 @@ impl Owner {
                 return Some(Ok(uuid));
             }
             match state.connection(number) {
-                Some(connection) => connection.exit.clone().map(|(code, why)| {
-                    Err(OwnerError::Ended { uuid: Uuid::nil(), code, why })
-                }),
+                Some(connection) => connection
+                    .exit
+                    .clone()
+                    .map(|(code, why)| Err(OwnerError::Ended { uuid: Uuid::nil(), code, why })),
                 None => Some(Err(OwnerError::Unknown(Uuid::nil()))),
             }
         })??;
@@ -217,7 +218,7 @@ impl Owner {
         time: Duration,
     ) -> Result<Vec<u64>, OwnerError> {
         self.shared.wait("results of a program", time, |state| {
-            let Some(known) = state.maybe_instance(uuid) else { return None };
+            let known = state.maybe_instance(uuid)?;
             if let Some(results) = known.results.remove(&(vcpu, seq)) {
                 return Some(Ok(results));
             }
@@ -338,8 +339,7 @@ impl Owner {
         loop {
             // Again and again: a child that is just being born calls later.
             self.shared.state().kill_all();
-            let gone = self.shared.state().all_gone()
-                && self.roots().iter().all(Root::is_gone);
+            let gone = self.shared.state().all_gone() && self.roots().iter().all(Root::is_gone);
             if gone || Instant::now() > end {
                 break;
             }

@@ -120,7 +120,8 @@ impl std::fmt::Debug for Shared {
 
 impl Shared {
     pub(super) fn new(listener: Listener, memory: Memory) -> Result<Arc<Self>, SysError> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create"))?;
+        let epoll =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create"))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let settling = eventfd(0, flags).map_err(SysError::new("eventfd"))?;
         let state = Mutex::new(State { next: 1, ..State::default() });
@@ -201,11 +202,8 @@ impl Shared {
             let Some(left) = time.checked_sub(begin.elapsed()) else {
                 return Err(OwnerError::Timeout { what, waited_ms: time.as_millis() });
             };
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
