@@ -1,0 +1,124 @@
+//! `/dev/kvm` and what it offers.
+
+use kvm_ioctls::{Cap, Kvm};
+
+use super::{Check, Report};
+use crate::kvm::{Host, KvmError};
+use crate::sys::chain;
+
+/// The only version that there ever was (Documentation/virt/kvm/api.rst, 4.1).
+const API_VERSION: i32 = 12;
+
+/// `KVM_CAP_XSAVE2`.
+const XSAVE2: std::ffi::c_ulong = 208;
+/// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
+const RING: std::ffi::c_ulong = 223;
+/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+const MANUAL_PROTECT: std::ffi::c_ulong = 168;
+/// `KVM_CAP_VCPU_ATTRIBUTES`, by which the TSC offset is read and set.
+const VCPU_ATTRIBUTES: std::ffi::c_ulong = 127;
+/// `KVM_CAP_SYNC_REGS`, a mask: general, segment and control registers, events.
+const ALL_SYNC_REGS: i32 = 7;
+
+/// Old kernels and what they lack.
+const NEWER_KERNEL: &str = "boot a newer kernel, or one whose KVM offers it";
+
+const NEEDED: [(Cap, &str, &str); 8] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
+    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "registers without an ioctl"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
+    (Cap::Xcrs, "KVM_CAP_XCRS", "extended registers"),
+    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions"),
+    (Cap::MpState, "KVM_CAP_MP_STATE", "halted vCPUs"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),
+];
+
+pub(super) fn examine(report: &mut Report) {
+    let kvm = match Kvm::new() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            report.denied = matches!(error.errno(), libc::EACCES | libc::EPERM);
+            report.checks.push(closed(error.errno()));
+            return;
+        }
+    };
+    let version = kvm.get_api_version();
+    report.checks.push(if version == API_VERSION {
+        Check::ok("/dev/kvm", format!("opens, API version {version}"))
+    } else {
+        let found = format!("API version {version} instead of {API_VERSION}");
+        Check::fail("/dev/kvm", found, "load the kvm module of this kernel")
+    });
+    for (cap, name, purpose) in NEEDED {
+        report.checks.push(if kvm.check_extension(cap) {
+            Check::ok(name, purpose)
+        } else {
+            Check::fail(name, format!("missing; needed for {purpose}"), NEWER_KERNEL)
+        });
+    }
+    useful(&kvm, &mut report.checks);
+    // What the engine itself asks for before it starts.
+    if report.forks_work()
+        && let Err(error) = Host::open()
+    {
+        report.checks.push(Check::fail("KVM", chain(&error), NEWER_KERNEL));
+    }
+}
+
+fn closed(errno: i32) -> Check {
+    let source = std::io::Error::from_raw_os_error(errno);
+    let advice = match errno {
+        libc::ENOENT => {
+            "switch virtualisation on in the firmware, or for this machine if it is virtual; then \
+             load kvm_intel or kvm_amd"
+        }
+        libc::EACCES | libc::EPERM => {
+            "add this user to the group kvm (as root: usermod -aG kvm USER) and log in again"
+        }
+        libc::ENODEV | libc::ENXIO => "load kvm_intel or kvm_amd; see the kernel log",
+        _ => "see the kernel log",
+    };
+    let error = KvmError::Open { source };
+    Check::fail("/dev/kvm", format!("does not open: {}", root_cause(&error)), advice)
+}
+
+fn root_cause(error: &KvmError) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+fn useful(kvm: &Kvm, checks: &mut Vec<Check>) {
+    let raw = |cap| kvm.check_extension_raw(cap);
+    let entries = raw(RING).max(0) / 16;
+    let manual = raw(MANUAL_PROTECT) & 1 == 1;
+    checks.push(match (entries, manual) {
+        (1.., _) => Check::ok("dirty ring", format!("up to {entries} entries")),
+        (_, true) => Check::warn(
+            "dirty ring",
+            "missing; the bitmap is used, whose cost grows with guest memory",
+            "boot Linux 6.1 or later",
+        ),
+        (_, false) => {
+            Check::fail("dirty ring", "neither ring nor bitmap", "boot Linux 6.1 or later")
+        }
+    });
+    let sync = raw(Cap::SyncRegs as std::ffi::c_ulong);
+    if sync & ALL_SYNC_REGS != ALL_SYNC_REGS {
+        let found = format!("KVM_CAP_SYNC_REGS is {sync}, not all of {ALL_SYNC_REGS}");
+        checks.push(Check::fail("register sharing", found, NEWER_KERNEL));
+    }
+    checks.push(if raw(XSAVE2) > 0 {
+        Check::ok("KVM_CAP_XSAVE2", format!("{} bytes of extended registers", raw(XSAVE2)))
+    } else {
+        Check::warn("KVM_CAP_XSAVE2", "missing; guests get no AMX", "boot Linux 5.17 or later")
+    });
+    checks.push(if raw(VCPU_ATTRIBUTES) > 0 {
+        Check::ok("KVM_VCPU_TSC_OFFSET", "a child's TSC goes on without a step")
+    } else {
+        Check::warn(
+            "KVM_VCPU_TSC_OFFSET",
+            "missing; a child's TSC may step",
+            "boot Linux 5.16 or later",
+        )
+    });
+}
