@@ -1,5 +1,11 @@
-//! The command line.
+//! The program `runtime`; see [`cli`].
 
-fn main() {
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // Before anything else: an instance is this same program.
     runtime::owner::instance_if_asked();
+    cli::main()
 }

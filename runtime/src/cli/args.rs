@@ -1,0 +1,245 @@
+//! What can be typed.
+
+use std::ffi::OsString;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use runtime::kvm::DirtyMode;
+use runtime::memory::BackingKind;
+
+use super::error::EXIT_CODES;
+use super::parse::{self, Prefix};
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "runtime", version, about = "fork() for a running KVM virtual machine", after_help = EXIT_CODES)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run a machine in the foreground, and serve the other verbs for it and its descendants
+    #[command(after_help = EXIT_CODES)]
+    Run(RunArgs),
+    /// List instances as a tree of parents and children
+    Ps(PsArgs),
+    /// Fork a running instance; prints the UUIDs of the children
+    Branch(BranchArgs),
+    /// Wait until an instance has ended; prints its exit code and ends with it
+    #[command(after_help = EXIT_CODES)]
+    Wait(InstanceArgs),
+    /// End an instance with an exit code; its descendants run on
+    Stop(StopArgs),
+    /// End an instance at once, its process included; its descendants run on
+    Kill(KillArgs),
+    /// Stop the vCPUs of an instance
+    Pause(InstanceArgs),
+    /// Let the vCPUs of a paused instance go on
+    Resume(InstanceArgs),
+    /// Show counters of an instance
+    Stats(InstanceArgs),
+    /// Tell whether this host can fork machines, and what would make it faster
+    #[command(after_help = EXIT_CODES)]
+    Doctor(DoctorArgs),
+    /// Print a completion script, for example for ~/.bashrc: source <(runtime completions bash)
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// Arguments of `run`.
+///
+/// The instance runs until its guest exits; then `run` waits for the descendants that still run,
+/// and ends with the exit code of the first instance. Ctrl-C and SIGTERM end all of them. Console
+/// output comes on stdout, with the first 8 digits of the instance's UUID before each line as soon
+/// as there is more than one instance; everything else comes on stderr.
+#[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch that is typed")]
+pub struct RunArgs {
+    /// Run a bare-metal guest: a static ELF (see guest/bare/ABI.md), or the bundled one, which
+    /// waits for programs
+    // Empty: the bundled one. Not a path to clap, which takes no empty ones.
+    #[arg(long, value_name = "FILE.elf", required = true, num_args = 0..=1,
+          default_missing_value = "")]
+    pub bare: OsString,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse::memory)]
+    pub memory: u32,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub vcpus: u32,
+    /// Pages below guest memory; falls back to 4k, with a note, where this host has no others
+    #[arg(long, value_enum, default_value_t = BackingArg::Small)]
+    pub backing: BackingArg,
+    /// How dirty pages are tracked; the ring falls back to the bitmap where there is none
+    #[arg(long, value_enum, default_value_t = DirtyArg::Ring)]
+    pub dirty: DirtyArg,
+    /// Children kept ready; 0: the next fork makes them, and takes milliseconds longer
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=128))]
+    pub standbys: u32,
+    /// Do not keep standbys up to date while the guest runs: each fork copies every page written
+    /// since the last one
+    #[arg(long)]
+    pub no_sync: bool,
+    /// Do not let standbys run ahead once to warm them up
+    #[arg(long)]
+    pub no_rehearse: bool,
+    /// Do not use real-time priority during a fork
+    #[arg(long)]
+    pub no_realtime: bool,
+    /// Processors for vCPU threads, such as 0,2-3 [default: all]
+    #[arg(long, value_name = "LIST", value_parser = parse::processors)]
+    pub vcpu_cpus: Option<u64>,
+    /// Processors for children during a fork [default: all]
+    #[arg(long, value_name = "LIST", value_parser = parse::processors)]
+    pub standby_cpus: Option<u64>,
+    /// End all descendants when the first instance has ended
+    #[arg(long)]
+    pub kill_children: bool,
+    /// Print one JSON object for each event on stdout: started, console, forked, note, exited
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Show instances that have ended too
+    #[arg(short, long)]
+    pub all: bool,
+    /// Print UUIDs only
+    #[arg(short, long, conflicts_with = "json")]
+    pub quiet: bool,
+    /// Print a JSON array of instances
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `branch`.
+#[derive(Debug, Args)]
+pub struct BranchArgs {
+    /// The parent: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Number of children; all of them are made, or none
+    #[arg(short = 'n', long = "children", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub children: u32,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of verbs that take an instance alone.
+#[derive(Debug, Args)]
+pub struct InstanceArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Exit code of the instance; the default is that of SIGTERM
+    #[arg(long, value_name = "N", default_value_t = 143)]
+    pub code: u8,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `kill`.
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Its descendants too
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// [`BackingKind`] as typed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum BackingArg {
+    /// Pages of 4 KiB
+    #[value(name = "4k")]
+    Small,
+    /// Transparent huge pages
+    Thp,
+    /// Pages of 2 MiB from the hugetlb pool
+    Hugetlb,
+}
+
+impl From<BackingArg> for BackingKind {
+    fn from(arg: BackingArg) -> Self {
+        match arg {
+            BackingArg::Small => Self::Small,
+            BackingArg::Thp => Self::Thp,
+            BackingArg::Hugetlb => Self::Hugetlb,
+        }
+    }
+}
+
+/// [`DirtyMode`] as typed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DirtyArg {
+    /// Cost by pages written
+    Ring,
+    /// Cost by memory size
+    Bitmap,
+}
+
+impl From<DirtyArg> for DirtyMode {
+    fn from(arg: DirtyArg) -> Self {
+        match arg {
+            DirtyArg::Ring => Self::Ring,
+            DirtyArg::Bitmap => Self::Bitmap,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_do_not_contradict_each_other() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn bare_may_stand_without_a_file() {
+        let parse = |words: &[&str]| Arguments::try_parse_from(["runtime"].iter().chain(words));
+        let bare = |words: &[&str]| match parse(words).map(|arguments| arguments.verb) {
+            Ok(Verb::Run(args)) => Some(args.bare),
+            _ => None,
+        };
+        assert_eq!(bare(&["run", "--bare"]), Some("".into()));
+        assert_eq!(bare(&["run", "--bare", "--vcpus", "2"]), Some("".into()));
+        assert_eq!(bare(&["run", "--bare", "x.elf"]), Some("x.elf".into()));
+        assert!(parse(&["run"]).is_err());
+        assert!(parse(&["run", "--bare", "--memory", "512"]).is_err());
+    }
+}

@@ -1,0 +1,161 @@
+//! The other side: finds owners, finds instances among them, and asks.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use runtime::proto::MAX_MESSAGE;
+use runtime::sys::{self, SysError};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use uuid::Uuid;
+
+use super::error::CliError;
+use super::parse::Prefix;
+use super::wire::{Answer, Ask, Listed, SOCKET};
+
+/// How long an owner may take to list its instances.
+const LIST_TIME: Duration = Duration::from_secs(5);
+/// Instances named in an error.
+const CANDIDATES: usize = 6;
+
+/// A connection to an owner.
+#[derive(Debug)]
+pub struct Line {
+    socket: OwnedFd,
+}
+
+impl Line {
+    /// `None` if nobody answers there: an owner that serves nobody, or is just coming or going.
+    fn connect(folder: &Path) -> Option<Self> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+                .ok()?;
+        let address = SocketAddrUnix::new(folder.join(SOCKET)).ok()?;
+        rustix::net::connect(&socket, &address).ok()?;
+        Some(Self { socket })
+    }
+
+    fn send(&self, ask: &Ask) -> Result<(), CliError> {
+        let bytes = serde_json::to_vec(ask)
+            .map_err(|error| CliError::internal(format!("cannot write a request: {error}")))?;
+        sys::send(&self.socket, &bytes, &[]).map_err(|_| gone())
+    }
+
+    fn receive(&self, buffer: &mut [u8]) -> Result<Answer, CliError> {
+        let len = match sys::receive(&self.socket, buffer, RecvFlags::empty()) {
+            Ok((len @ 1.., _)) => len,
+            Err(error) if error.errno() == libc::EAGAIN => {
+                return Err(CliError::internal("an owner of instances does not answer"));
+            }
+            _ => return Err(gone()),
+        };
+        serde_json::from_slice(&buffer[..len])
+            .map_err(|error| CliError::internal(format!("an answer is not understood: {error}")))
+    }
+
+    /// Asks; a refusal is an error.
+    pub fn ask(&self, ask: &Ask) -> Result<Answer, CliError> {
+        self.send(ask)?;
+        match self.receive(&mut vec![0_u8; MAX_MESSAGE])? {
+            Answer::Failed(message) => Err(CliError::internal(message)),
+            answer => Ok(answer),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<Listed>, CliError> {
+        let limit = |time| {
+            set_socket_timeout(&self.socket, Timeout::Recv, time)
+                .map_err(|errno| CliError::from(SysError::new("setsockopt")(errno)))
+        };
+        limit(Some(LIST_TIME))?;
+        self.send(&Ask::List)?;
+        let mut buffer = vec![0_u8; MAX_MESSAGE];
+        let mut all = Vec::new();
+        loop {
+            match self.receive(&mut buffer)? {
+                Answer::Instances(mut part) => all.append(&mut part),
+                Answer::Failed(message) => return Err(CliError::internal(message)),
+                _ => break,
+            }
+        }
+        limit(None)?;
+        Ok(all)
+    }
+}
+
+fn gone() -> CliError {
+    CliError::internal("the `runtime run` that owned the instance has ended")
+}
+
+/// All instances of all owners of this user.
+pub fn all() -> Result<Vec<(Line, Vec<Listed>)>, CliError> {
+    let mut owners = Vec::new();
+    for folder in runtime::owner::folders()? {
+        let Some(line) = Line::connect(&folder) else { continue };
+        match line.list() {
+            Ok(listed) => owners.push((line, listed)),
+            // One that ends or hangs does not keep the others from being seen.
+            Err(error) => eprintln!("note: {error}"),
+        }
+    }
+    Ok(owners)
+}
+
+/// The one instance that `prefix` means, and the line to its owner.
+pub fn find(prefix: &Prefix) -> Result<(Line, Listed), CliError> {
+    let mut known = Vec::new();
+    let mut found = Vec::new();
+    for (line, listed) in all()? {
+        known.extend(listed.iter().filter(|one| one.lives()).map(|one| one.uuid));
+        let mut matching = listed.into_iter().filter(|one| prefix.matches(&one.uuid)).peekable();
+        if matching.peek().is_some() {
+            found.push((line, matching.collect::<Vec<_>>()));
+        }
+    }
+    let matching: Vec<_> = found.iter().flat_map(|(_, one)| one).map(|one| one.uuid).collect();
+    if matching.len() > 1 {
+        return Err(ambiguous(prefix, &matching));
+    }
+    found
+        .pop()
+        .and_then(|(line, mut one)| Some((line, one.pop()?)))
+        .ok_or_else(|| unknown(prefix, &known))
+}
+
+fn ambiguous(prefix: &Prefix, matching: &[Uuid]) -> CliError {
+    let (count, names) = (matching.len(), names(matching));
+    CliError::usage(format!("{} is the beginning of {count} instances: {names}", prefix.typed()))
+}
+
+fn unknown(prefix: &Prefix, known: &[Uuid]) -> CliError {
+    let typed = prefix.typed();
+    CliError::usage(if known.is_empty() {
+        format!("there is no instance {typed}: none runs; start one with `runtime run --bare`")
+    } else {
+        format!("there is no instance {typed}; there are: {}", names(known))
+    })
+}
+
+fn names(uuids: &[Uuid]) -> String {
+    let shown = uuids.iter().take(CANDIDATES).map(ToString::to_string).collect::<Vec<_>>();
+    let more = uuids.len().saturating_sub(CANDIDATES);
+    let rest = if more == 0 { String::new() } else { format!(" and {more} more") };
+    format!("{}{rest}", shown.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_named_but_not_all_of_many() {
+        let uuids: Vec<_> = (0..8).map(Uuid::from_u128).collect();
+        let prefix: Prefix = "0".parse().expect("a digit");
+        let text = ambiguous(&prefix, &uuids).to_string();
+        assert!(text.starts_with("0 is the beginning of 8 instances: 00000000-"), "{text}");
+        assert!(text.ends_with(" and 2 more"), "{text}");
+        assert!(unknown(&prefix, &[]).to_string().contains("none runs"));
+    }
+}

@@ -1,0 +1,134 @@
+//! The command line.
+//!
+//! ```text
+//!   runtime run ──── owns a tree of instances, serves ──┐
+//!                                                       │ control socket ([`wire`])
+//!   runtime ps, branch, wait, stop, kill, … ── asks ────┘
+//! ```
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `args`, `parse` | what can be typed |
+//! | `run`, `console`, `signals` | the foreground owner |
+//! | `wire`, `serve`, `client` | what is said between processes |
+//! | `verbs`, `ps`, `doctor` | everything else that can be asked for |
+//!
+//! Exit codes are those of [`error`]; the guest's own code otherwise.
+
+mod args;
+mod client;
+mod console;
+mod doctor;
+mod error;
+mod parse;
+mod ps;
+mod run;
+mod serve;
+mod signals;
+mod verbs;
+mod wire;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use args::{Arguments, Verb};
+use error::CliError;
+
+/// Does what the arguments say.
+pub fn main() -> ExitCode {
+    let code = match Arguments::try_parse() {
+        Ok(arguments) => arguments.verb.run(),
+        Err(error) => refuse(&error),
+    };
+    code.map_or_else(
+        |error| {
+            eprintln!("error: {error}");
+            ExitCode::from(error.code)
+        },
+        ExitCode::from,
+    )
+}
+
+impl Verb {
+    fn run(self) -> Result<u8, CliError> {
+        match self {
+            Self::Run(args) => run::run(&args),
+            Self::Ps(args) => ps::run(&args),
+            Self::Branch(args) => verbs::branch(&args),
+            Self::Wait(args) => verbs::wait(&args),
+            Self::Stop(args) => verbs::stop(&args),
+            Self::Kill(args) => verbs::kill(&args),
+            Self::Pause(args) => verbs::pause(&args),
+            Self::Resume(args) => verbs::resume(&args),
+            Self::Stats(args) => verbs::stats(&args),
+            Self::Doctor(args) => doctor::run(&args),
+            Self::Completions { shell } => {
+                let mut script = Vec::new();
+                let mut command = Arguments::command();
+                clap_complete::generate(shell, &mut command, "runtime", &mut script);
+                print(&script)?;
+                Ok(0)
+            }
+        }
+    }
+}
+
+/// Help goes to stdout; everything else becomes one line.
+fn refuse(error: &clap::Error) -> Result<u8, CliError> {
+    use clap::error::ErrorKind::{
+        DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion,
+    };
+    let text = error.render();
+    match error.kind() {
+        DisplayHelp | DisplayVersion => {
+            print(text.to_string().as_bytes())?;
+            Ok(0)
+        }
+        DisplayHelpOnMissingArgumentOrSubcommand => {
+            eprint!("{text}");
+            Ok(error::USAGE)
+        }
+        _ => {
+            let text = text.to_string();
+            let said = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
+            let line = said.collect::<Vec<_>>().join(" ");
+            let line = line.strip_prefix("error: ").unwrap_or(&line);
+            Err(CliError::usage(format!("{line}; see `runtime help`")))
+        }
+    }
+}
+
+/// Writes to stdout; a reader that has gone away (`| head`) is no error.
+fn print(bytes: &[u8]) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(CliError::internal(format!("cannot write to stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints one line for each.
+fn print_lines<T: std::fmt::Display>(lines: impl IntoIterator<Item = T>) -> Result<(), CliError> {
+    let mut text = String::new();
+    for line in lines {
+        text.push_str(&line.to_string());
+        text.push('\n');
+    }
+    print(text.as_bytes())
+}
+
+/// Prints one line.
+fn print_line(line: &str) -> Result<(), CliError> {
+    print(format!("{line}\n").as_bytes())
+}
+
+/// Prints `value` as one line of JSON.
+fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| CliError::internal(format!("cannot write JSON: {error}")))?;
+    print_line(&text)
+}

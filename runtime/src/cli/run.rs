@@ -1,0 +1,189 @@
+//! `run`: a machine in the foreground.
+
+use std::io::{Stderr, Stdout, stderr, stdout};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use runtime::boot::{self, BootError};
+use runtime::kvm::{DirtyMode, Host};
+use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
+use runtime::owner::{Owner, OwnerError};
+use runtime::proto::InstanceConfig;
+use runtime::sys;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use uuid::Uuid;
+
+use super::args::RunArgs;
+use super::console::{Console, Format};
+use super::error::{CliError, exit_code};
+use super::parse;
+use super::serve::Server;
+use super::signals::Signals;
+use super::wire::short;
+
+/// Exit code of an instance whose guest did what no guest may do.
+const CRASHED: i32 = 125;
+/// How long an instance may be waited for.
+const FOREVER: Duration = Duration::from_secs(u64::MAX / 4);
+/// How long the last words of processes that are gone may take.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+/// How often children that are born late are looked for.
+const LOOK: Duration = Duration::from_millis(5);
+
+type Screen = Mutex<Console<Stdout, Stderr>>;
+
+pub fn run(args: &RunArgs) -> Result<u8, CliError> {
+    let config = config(args)?;
+    let host = Host::open()?;
+    check_guest(&config)?;
+    let signals = Signals::block()?;
+    raise_descriptor_limit();
+    let format = if args.json { Format::Json } else { Format::Text };
+    let screen = Arc::new(Screen::new(Console::new(stdout(), stderr(), format)));
+    if config.dirty == DirtyMode::Ring && !host.has_dirty_ring() {
+        lock(&screen).note("this KVM has no dirty ring; using the bitmap");
+    }
+    drop(host);
+    let listener = screen.clone();
+    let owner = Owner::forwarding(Box::new(move |uuid, event| lock(&listener).event(uuid, event)))?;
+    let owner = Arc::new(owner);
+    let server = Server::start(&owner)?;
+    let bundled = config.bare.as_os_str().is_empty();
+    let result = start(&owner, config).map(|root| {
+        let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
+        lock(&screen).note(&format!("{root} runs{what}"));
+        (root, watch(&owner, root, &signals, args.kill_children))
+    });
+    owner.shutdown();
+    owner.settle();
+    let result = result.and_then(|(root, signal)| match signal {
+        Some(signal) => Ok(exit_code(128 + signal)),
+        None => outcome(&owner, root),
+    });
+    lock(&screen).finish();
+    server.finish();
+    remove_folder(&owner);
+    result
+}
+
+fn lock(screen: &Screen) -> MutexGuard<'_, Console<Stdout, Stderr>> {
+    screen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
+    let available = sys::affinity();
+    for mask in [args.vcpu_cpus, args.standby_cpus].into_iter().flatten() {
+        if mask & !available != 0 {
+            let (asked, there) = (parse::shown(mask & !available), parse::shown(available));
+            let text = format!("processor {asked} cannot be used here; there are: {there}");
+            return Err(CliError::usage(text));
+        }
+    }
+    Ok(InstanceConfig {
+        memory_mib: args.memory,
+        vcpus: args.vcpus,
+        backing: args.backing.into(),
+        dirty: args.dirty.into(),
+        standbys: args.standbys,
+        sync: !args.no_sync,
+        rehearse: !args.no_rehearse,
+        realtime: !args.no_realtime,
+        vcpu_cpus: args.vcpu_cpus.unwrap_or(0),
+        standby_cpus: args.standby_cpus.unwrap_or(0),
+        bare: args.bare.clone().into(),
+        ..InstanceConfig::default()
+    })
+}
+
+/// Loads the guest into memory that is thrown away, so that a wrong file is told before anything is
+/// started.
+fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
+    if config.bare.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let file = read(&config.bare)?;
+    let layout = RamLayout::new(config.memory_mib);
+    let internal = |error: &dyn std::error::Error| CliError::internal(sys::chain(error));
+    let mapping = Image::new(BackingKind::Small, layout.bytes())
+        .and_then(|image| image.map_shared())
+        .map_err(|error| internal(&error))?;
+    let ram = guest_ram(&mapping, &layout).map_err(|error| internal(&error))?;
+    match boot::load(&file, &ram, &layout) {
+        Ok(_) => Ok(()),
+        Err(error @ (BootError::NotBare { .. } | BootError::Segment { .. })) => {
+            let path = config.bare.display();
+            Err(CliError::usage(format!("cannot run {path}: {}", sys::chain(&error))))
+        }
+        Err(error) => Err(internal(&error)),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, CliError> {
+    std::fs::read(path)
+        .map_err(|error| CliError::usage(format!("cannot read {}: {error}", path.display())))
+}
+
+/// An owner has two descriptors for each instance.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // The hard limit is always allowed; `doctor` tells if it is low.
+    setrlimit(Resource::Nofile, raised).unwrap_or(());
+}
+
+fn start(owner: &Owner, config: InstanceConfig) -> Result<Uuid, CliError> {
+    owner.start(config).map_err(|error| match error {
+        OwnerError::Ended { why, .. } => {
+            let why = why.unwrap_or_else(|| "its process ended".into());
+            CliError::internal(format!("the machine could not be started: {why}"))
+        }
+        error => CliError::internal(sys::chain(&error)),
+    })
+}
+
+/// Waits until no process of the tree is left, or for a signal.
+fn watch(owner: &Arc<Owner>, root: Uuid, signals: &Signals, kill_children: bool) -> Option<i32> {
+    let lifeline = owner.lifeline(root)?;
+    if kill_children {
+        let owner = owner.clone();
+        // Ends with the process.
+        std::thread::spawn(move || kill_descendants(&owner, root));
+    }
+    signals.wait_or_hang_up(&*lifeline)
+}
+
+fn kill_descendants(owner: &Owner, root: Uuid) {
+    if owner.wait_exit(root, FOREVER).is_err() {
+        return;
+    }
+    loop {
+        for uuid in owner.alive() {
+            // It has ended meanwhile, otherwise.
+            owner.kill(uuid).unwrap_or(());
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn outcome(owner: &Owner, root: Uuid) -> Result<u8, CliError> {
+    let (code, why) = owner
+        .wait_exit(root, LAST_WORDS)
+        .map_err(|error| CliError::internal(sys::chain(&error)))?;
+    let byte = exit_code(code);
+    match why {
+        Some(why) if code == CRASHED => {
+            Err(CliError::instance(byte, format!("the guest of {} crashed: {why}", short(root))))
+        }
+        Some(why) => {
+            Err(CliError::instance(byte, format!("{} ended with code {code}: {why}", short(root))))
+        }
+        None => Ok(byte),
+    }
+}
+
+/// Threads that answer hold the owner, so it is not dropped when `run` returns.
+fn remove_folder(owner: &Owner) {
+    let folder: PathBuf = owner.folder().into();
+    drop(std::fs::remove_dir_all(folder));
+}

@@ -1,0 +1,254 @@
+//! The owner's side: answers the other verbs while `run` is in the foreground.
+//!
+//! One thread accepts, and one per connection answers: a `wait` takes as long as it takes. The
+//! socket lies in the owner's folder, which no other user can enter, and goes with it.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use runtime::owner::{Known, Owner, OwnerError};
+use runtime::proto::{MAX_MESSAGE, Request};
+use runtime::sys::{self, SysError, now_ns};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use uuid::Uuid;
+
+use super::wire::{Answer, Ask, LISTED_AT_ONCE, Listed, REASON_CHARS, SOCKET, State};
+
+/// How often a `wait` looks whether anybody still listens.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long an instance may take to end once it was told to.
+const END: Duration = Duration::from_secs(10);
+/// How long answers under way may take when `run` ends.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// A child that was just being born when its parent was killed has called after this time.
+const BIRTH: Duration = Duration::from_millis(20);
+
+/// Answers questions about the instances of one owner.
+pub struct Server {
+    owner: Arc<Owner>,
+    paused: Mutex<HashSet<Uuid>>,
+    answering: AtomicUsize,
+}
+
+impl Server {
+    /// Starts to answer.
+    ///
+    /// # Errors
+    ///
+    /// If the socket cannot be made.
+    pub fn start(owner: &Arc<Owner>) -> Result<Arc<Self>, SysError> {
+        let socket = listen(&owner.folder().join(SOCKET))?;
+        let server = Arc::new(Self {
+            owner: owner.clone(),
+            paused: Mutex::default(),
+            answering: AtomicUsize::new(0),
+        });
+        let accepting = server.clone();
+        start_thread(move || accepting.accept(&socket))?;
+        Ok(server)
+    }
+
+    /// Waits until everybody who waits has an answer.
+    pub fn finish(&self) {
+        let end = Instant::now() + GOODBYE;
+        while self.answering.load(Ordering::SeqCst) > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn accept(self: &Arc<Self>, socket: &OwnedFd) {
+        loop {
+            match rustix::net::accept_with(socket, SocketFlags::CLOEXEC) {
+                Ok(connection) => {
+                    let server = self.clone();
+                    // Without a thread left the other side sees its connection closed.
+                    drop(start_thread(move || server.serve(&connection)));
+                }
+                // No descriptor left, for example: later there may be one.
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+
+    fn serve(&self, connection: &OwnedFd) {
+        let mut buffer = vec![0_u8; MAX_MESSAGE];
+        while let Ok((len @ 1.., _)) = sys::receive(connection, &mut buffer, RecvFlags::empty()) {
+            self.answering.fetch_add(1, Ordering::SeqCst);
+            let answers = match serde_json::from_slice(&buffer[..len]) {
+                Ok(ask) => self.answer(&ask, connection),
+                Err(error) => vec![Answer::Failed(format!("not understood: {error}"))],
+            };
+            let sent = answers.iter().all(|answer| {
+                serde_json::to_vec(answer)
+                    .is_ok_and(|bytes| sys::send(connection, &bytes, &[]).is_ok())
+            });
+            self.answering.fetch_sub(1, Ordering::SeqCst);
+            if !sent {
+                return;
+            }
+        }
+    }
+
+    fn answer(&self, ask: &Ask, connection: &OwnedFd) -> Vec<Answer> {
+        let answer = match *ask {
+            Ask::List => return self.list(),
+            Ask::Branch { instance, children } => {
+                self.owner.branch(instance, children).map(Answer::Children)
+            }
+            Ask::Wait { instance } => self.wait(instance, connection),
+            Ask::Stop { instance, code } => self.stop(instance, code),
+            Ask::Kill { instance, recursive } => self.kill(instance, recursive),
+            Ask::Pause { instance } => self.request(instance, Request::Pause),
+            Ask::Resume { instance } => self.request(instance, Request::Resume),
+            Ask::Stats { instance } => self.owner.stats(instance).map(Answer::Stats),
+        };
+        vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
+    }
+
+    fn paused(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+        self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn request(&self, uuid: Uuid, request: Request) -> Result<Answer, OwnerError> {
+        let pause = matches!(request, Request::Pause);
+        self.owner.ask(uuid, request)?;
+        if pause {
+            self.paused().insert(uuid);
+        } else {
+            self.paused().remove(&uuid);
+        }
+        Ok(Answer::Done)
+    }
+
+    fn list(&self) -> Vec<Answer> {
+        let mut paused = self.paused();
+        let mut listed = self.owner.each(|uuid, known| listed(uuid, known, paused.contains(&uuid)));
+        let lives: HashSet<_> =
+            listed.iter().filter(|one| one.lives()).map(|one| one.uuid).collect();
+        paused.retain(|uuid| lives.contains(uuid));
+        drop(paused);
+        listed.sort_by_key(|one| std::cmp::Reverse(one.age_ms));
+        for one in listed.iter_mut().filter(|one| one.lives()) {
+            one.resident_kib = resident_kib(one.pid);
+        }
+        let parts = listed.chunks(LISTED_AT_ONCE).map(|part| Answer::Instances(part.to_vec()));
+        parts.chain([Answer::Done]).collect()
+    }
+
+    fn wait(&self, uuid: Uuid, connection: &OwnedFd) -> Result<Answer, OwnerError> {
+        loop {
+            match self.owner.wait_exit(uuid, LOOK) {
+                Err(OwnerError::Timeout { .. }) if !hung_up(connection) => {}
+                result => return result.map(|(code, why)| Answer::Ended { code, why }),
+            }
+        }
+    }
+
+    fn stop(&self, uuid: Uuid, code: u8) -> Result<Answer, OwnerError> {
+        match self.owner.ask(uuid, Request::Stop { code: code.into() }) {
+            // It may be gone before its answer is.
+            Ok(_) | Err(OwnerError::Ended { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let (code, why) = self.owner.wait_exit(uuid, END)?;
+        Ok(Answer::Ended { code, why })
+    }
+
+    fn kill(&self, uuid: Uuid, recursive: bool) -> Result<Answer, OwnerError> {
+        let mut killed = HashSet::new();
+        loop {
+            let family = if recursive { self.family(uuid) } else { vec![uuid] };
+            let alive: HashSet<_> = self.owner.alive().into_iter().collect();
+            let targets: Vec<_> = family.into_iter().filter(|one| alive.contains(one)).collect();
+            if targets.is_empty() {
+                break;
+            }
+            for target in &targets {
+                self.owner.kill(*target)?;
+            }
+            for target in &targets {
+                self.owner.wait_exit(*target, END)?;
+            }
+            killed.extend(targets);
+            if recursive {
+                std::thread::sleep(BIRTH);
+                self.owner.settle();
+            }
+        }
+        Ok(Answer::Killed(killed.len()))
+    }
+
+    /// An instance and its descendants.
+    fn family(&self, root: Uuid) -> Vec<Uuid> {
+        let mut children: HashMap<Uuid, Vec<Uuid>> = HashMap::new();
+        for (uuid, parent) in self.owner.each(|uuid, known| (uuid, known.parent)) {
+            children.entry(parent.unwrap_or_default()).or_default().push(uuid);
+        }
+        let mut family = vec![root];
+        let mut next = 0;
+        while let Some(uuid) = family.get(next) {
+            family.extend(children.remove(uuid).unwrap_or_default());
+            next += 1;
+        }
+        family
+    }
+}
+
+fn listed(uuid: Uuid, known: &Known, paused: bool) -> Listed {
+    let state = match (known.gone, paused) {
+        (true, _) => State::Stopped,
+        (false, true) => State::Paused,
+        (false, false) => State::Running,
+    };
+    let (code, why) = known.exit.clone().unwrap_or((137, None));
+    Listed {
+        uuid,
+        parent: known.parent,
+        pid: known.pid,
+        state,
+        code: known.gone.then_some(code),
+        why: why.map(|why| why.chars().take(REASON_CHARS).collect()),
+        age_ms: now_ns().saturating_sub(known.called_ns) / 1_000_000,
+        memory_mib: known.memory_mib,
+        vcpus: known.vcpus,
+        resident_kib: 0,
+    }
+}
+
+/// 0 if the process is gone.
+fn resident_kib(pid: i32) -> u64 {
+    let pages = std::fs::read_to_string(format!("/proc/{pid}/statm"))
+        .ok()
+        .and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok())
+        .unwrap_or(0);
+    pages * 4
+}
+
+fn hung_up(connection: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(connection, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+fn listen(path: &Path) -> Result<OwnedFd, SysError> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .map_err(SysError::new("socket"))?;
+    let address = SocketAddrUnix::new(path).map_err(SysError::new("bind"))?;
+    rustix::net::bind(&socket, &address).map_err(SysError::new("bind"))?;
+    rustix::net::listen(&socket, 64).map_err(SysError::new("listen"))?;
+    Ok(socket)
+}
+
+fn start_thread(run: impl FnOnce() + Send + 'static) -> Result<(), SysError> {
+    std::thread::Builder::new()
+        .name("serve".into())
+        .spawn(run)
+        .map(drop)
+        .map_err(|source| SysError { call: "starting a thread", source })
+}

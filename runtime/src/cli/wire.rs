@@ -1,0 +1,106 @@
+//! What the other verbs and the owner say to each other: one JSON message each way over a socket
+//! that keeps message borders. A list comes in several answers, closed by [`Answer::Done`].
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use runtime::proto::Stats;
+
+/// Name of the socket in the owner's folder.
+pub const SOCKET: &str = "control";
+/// Instances in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
+pub const LISTED_AT_ONCE: usize = 256;
+/// Longest reason in a list, in characters.
+pub const REASON_CHARS: usize = 120;
+
+/// To the owner.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Ask {
+    /// All instances, also those that have ended lately.
+    List,
+    /// Forks.
+    Branch { instance: Uuid, children: u32 },
+    /// Answers once the instance has ended.
+    Wait { instance: Uuid },
+    /// Ends an instance with a code.
+    Stop { instance: Uuid, code: u8 },
+    /// Kills.
+    Kill { instance: Uuid, recursive: bool },
+    /// Stops the vCPUs.
+    Pause { instance: Uuid },
+    /// Lets them go on.
+    Resume { instance: Uuid },
+    /// Counters.
+    Stats { instance: Uuid },
+}
+
+/// From the owner.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// Part of a list.
+    Instances(Vec<Listed>),
+    /// A fork was made.
+    Children(Vec<Uuid>),
+    /// The instance has ended.
+    Ended { code: i32, why: Option<String> },
+    /// Counters.
+    Stats(Stats),
+    /// So many were killed.
+    Killed(usize),
+    /// Done, or the end of a list.
+    Done,
+    /// Why it cannot be.
+    Failed(String),
+}
+
+/// What an instance does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// Its vCPUs run.
+    Running,
+    /// They are stopped.
+    Paused,
+    /// It has ended.
+    Stopped,
+}
+
+/// An instance in a list.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Listed {
+    /// Who it is.
+    pub uuid: Uuid,
+    /// Whose child it is.
+    pub parent: Option<Uuid>,
+    /// Its process.
+    pub pid: i32,
+    /// What it does.
+    pub state: State,
+    /// Exit code, once it has ended.
+    pub code: Option<i32>,
+    /// Why it ended, if not by itself.
+    pub why: Option<String>,
+    /// Milliseconds since it came to life.
+    pub age_ms: u64,
+    /// Guest RAM.
+    pub memory_mib: u32,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory of its process that is in RAM, what it shares with others included.
+    pub resident_kib: u64,
+}
+
+impl Listed {
+    /// Whether it has not ended.
+    pub fn lives(&self) -> bool {
+        self.state != State::Stopped
+    }
+}
+
+/// The first digits of a UUID, as shown before console output.
+pub fn short(uuid: Uuid) -> String {
+    let mut text = uuid.simple().to_string();
+    text.truncate(8);
+    text
+}

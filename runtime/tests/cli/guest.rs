@@ -1,0 +1,157 @@
+//! Guests of our own, assembled here, as `guest/bare/ABI.md` tells.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+use super::tools::{Folder, holds, same};
+
+/// Says hello, forks `CHILDREN`, exits with 10; child n pauses, says so, and exits with 20 + n.
+const FORKS: &str = r#"
+        .globl  _start
+_start: lea     hello(%rip), %rsi
+        mov     $hello_end - hello, %ecx
+        mov     $0xd0c, %edx
+        rep outsb
+        xor     %eax, %eax
+        mov     $0xd18, %edx
+        out     %eax, %dx
+        mov     $CHILDREN, %eax
+        mov     $0xd00, %edx
+        out     %eax, %dx
+        lea     answer(%rip), %rdi
+        mov     $24, %ecx
+        rep insl
+        mov     $99, %eax
+        cmpl    $0, answer(%rip)
+        jne     exit
+        mov     answer+4(%rip), %ebx
+        mov     $10, %eax
+        test    %ebx, %ebx
+        jz      exit
+        mov     $PAUSE_US, %eax
+        mov     $0xd1c, %edx
+        out     %eax, %dx
+        lea     child(%rip), %rsi
+        mov     $child_end - child, %ecx
+        mov     $0xd0c, %edx
+        rep outsb
+        lea     20(%rbx), %eax
+exit:   mov     $0xd08, %edx
+        out     %eax, %dx
+        jmp     exit
+hello:  .ascii  "hello\n"
+hello_end:
+child:  .ascii  "a child\n"
+child_end:
+        .bss
+        .balign 128
+answer: .skip   96
+        .section .note.GNU-stack, "", @progbits
+"#;
+
+const CRASHES: &str = r#"
+        .globl  _start
+_start: ud2
+        .section .note.GNU-stack, "", @progbits
+"#;
+
+/// Assembles and links. `cc` is there: rustc links with it.
+fn guest(folder: &Folder, source: &str, more: &[&str]) -> Result<String, Failed> {
+    let input: PathBuf = folder.0.join("guest.s");
+    std::fs::write(&input, source)?;
+    let output = folder.0.join("guest.elf").display().to_string();
+    let made = Command::new("cc")
+        .args(["-nostdlib", "-Wl,--build-id=none", "-o", &output])
+        .args(more)
+        .arg(input)
+        .output()?;
+    holds(made.status.success(), &made)?;
+    Ok(output)
+}
+
+const STATIC: [&str; 3] = ["-static", "-no-pie", "-Wl,-Ttext-segment=0x200000"];
+
+fn forking(folder: &Folder, children: u32, pause_us: u32) -> Result<String, Failed> {
+    let numbers = [("CHILDREN", children), ("PAUSE_US", pause_us)];
+    let fill = |text: String, (name, number): &(&str, u32)| text.replace(name, &number.to_string());
+    let source = numbers.iter().fold(FORKS.to_owned(), fill);
+    guest(folder, &source, &STATIC)
+}
+
+const SMALL: [&str; 2] = ["--memory", "64M"];
+
+pub fn a_guest_prints_forks_and_exits() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = forking(&folder, 3, 100_000)?;
+    // Again and again: the first fork of a machine meets its being made forkable.
+    for _ in 0..10 {
+        let done = folder.done(&[&["run", "--bare", &elf][..], &SMALL].concat())?;
+        same(&done.code, &10, &done)?;
+        let mut lines = done.out.lines();
+        same(&lines.next(), &Some("hello"), &done)?;
+        let said: Vec<_> = lines.map(|line| line.split_once(" | ")).collect();
+        same(&said.len(), &3, &done)?;
+        let right = |said: &Option<(&str, &str)>| {
+            said.is_some_and(|(id, text)| id.len() == 8 && text == "a child")
+        };
+        holds(said.iter().all(right), &done)?;
+        same(&folder.owners(), &0, &"an owner's folder was left")?;
+    }
+    Ok(())
+}
+
+pub fn children_may_be_killed_with_the_root() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = forking(&folder, 1, 20_000_000)?;
+    let done = folder.done(&[&["run", "--bare", &elf, "--kill-children"][..], &SMALL].concat())?;
+    same(&done.code, &10, &done)?;
+    same(&done.out, &"hello\n", &done)
+}
+
+pub fn events_come_as_json() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = forking(&folder, 1, 20_000)?;
+    let done = folder.done(&[&["run", "--bare", &elf, "--json"][..], &SMALL].concat())?;
+    same(&done.code, &10, &done)?;
+    let events: Vec<Value> =
+        done.out.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let count = |kind: &str| events.iter().filter(|event| event["event"] == kind).count();
+    same(&(count("started"), count("exited")), &(2, 2), &events)?;
+    let code = |at: usize| events.iter().filter_map(|event| event["code"].as_i64()).nth(at);
+    same(&(code(0), code(1)), &(Some(10), Some(21)), &events)?;
+    let text: String = events.iter().filter_map(|event| event["text"].as_str()).collect();
+    same(&text, &"hello\na child\n", &events)
+}
+
+pub fn a_crash_has_its_own_code() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = guest(&folder, CRASHES, &STATIC)?;
+    let done = folder.done(&[&["run", "--bare", &elf][..], &SMALL].concat())?;
+    same(&done.code, &125, &done)?;
+    same(&done.err.lines().filter(|line| line.starts_with("error: ")).count(), &1, &done)?;
+    holds(done.err.contains(" crashed: "), &done)
+}
+
+pub fn a_wrong_elf_is_refused() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let text = folder.0.join("text").display().to_string();
+    std::fs::write(&text, "#!/bin/sh\n# long enough to be read as the header of an ELF file\n")?;
+    let dynamic = guest(&folder, CRASHES, &["-shared"])?;
+    let refused = |path: &str, rule: &str| {
+        let done = folder.done(&["run", "--bare", path])?;
+        same(&done.code, &64, &done)?;
+        same(&done.err.lines().count(), &1, &done)?;
+        let start = format!("error: cannot run {path}: ");
+        holds(done.err.starts_with(&start) && done.err.contains(rule), &done)
+    };
+    refused(&text, "no ELF magic")?;
+    refused(&dynamic, "not a static executable")?;
+    let low = guest(&folder, CRASHES, &["-static", "-no-pie", "-Wl,-Ttext-segment=0x100000"])?;
+    refused(&low, "does not lie in guest RAM")?;
+    let child = folder.runtime(&["run", "--bare", "/"]).stderr(Stdio::piped()).spawn()?;
+    let done = super::tools::Done::of(child)?;
+    same(&done.code, &64, &done)
+}

@@ -1,0 +1,136 @@
+//! What needs no machine.
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+use super::tools::{Folder, holds, same};
+
+const VERBS: [&str; 11] = [
+    "run",
+    "ps",
+    "branch",
+    "wait",
+    "stop",
+    "kill",
+    "pause",
+    "resume",
+    "stats",
+    "doctor",
+    "completions",
+];
+
+pub fn usage_errors_are_one_line() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    for (words, expected) in [
+        (&["run"][..], "--bare"),
+        (&["run", "--bare", "--memory", "12"], "512M"),
+        (&["run", "--bare", "--memory", "1M"], "between 8M"),
+        (&["run", "--bare", "--vcpus", "0"], "1..=16"),
+        (&["run", "--bare", "--vcpu-cpus", "3-1"], "0,2-3"),
+        (&["run", "--bare", "/nowhere/x.elf"], "cannot read /nowhere/x.elf"),
+        (&["branch", "-n", "129", "0"], "1..=128"),
+        (&["branch", "../x"], "UUID"),
+        (&["frok"], "frok"),
+    ] {
+        let done = folder.done(words)?;
+        if expected.starts_with("cannot read") && done.code != 64 {
+            // Without KVM that is what is told first.
+            holds([69, 77].contains(&done.code), &done)?;
+            continue;
+        }
+        same(&done.code, &64, &(words, &done))?;
+        same(&done.err.lines().count(), &1, &(words, &done))?;
+        holds(done.err.starts_with("error: ") && done.err.contains(expected), &(words, &done))?;
+        same(&done.out, &"", &done)?;
+    }
+    Ok(())
+}
+
+pub fn every_verb_has_help() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let top = folder.done(&["--help"])?;
+    same(&top.code, &0, &top)?;
+    holds(top.out.contains("Exit codes:") && top.out.contains("77"), &top)?;
+    for verb in VERBS {
+        holds(top.out.contains(&format!("\n  {verb} ")), &(verb, &top))?;
+        let help = folder.done(&[verb, "--help"])?;
+        same(&help.code, &0, &help)?;
+        let json = help.out.contains("--json");
+        holds(json || verb == "completions", &help)?;
+    }
+    Ok(())
+}
+
+pub fn completions_know_the_verbs() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    for shell in ["bash", "zsh", "fish"] {
+        let done = folder.done(&["completions", shell])?;
+        same(&done.code, &0, &done)?;
+        for verb in VERBS {
+            holds(done.out.contains(verb), &(shell, verb))?;
+        }
+    }
+    Ok(())
+}
+
+pub fn doctor_speaks_json() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let done = folder.done(&["doctor", "--json"])?;
+    let report: Value = serde_json::from_str(&done.out)?;
+    let checks = report["checks"].as_array().ok_or("no checks")?;
+    let device = checks.iter().find(|check| check["name"] == "/dev/kvm").ok_or("no device")?;
+    if device["status"] == "ok" {
+        let kind = report["host_kind"].as_str().unwrap_or_default();
+        holds(["direct", "nested", "hardware"].contains(&kind), &report)?;
+    }
+    let failed = checks.iter().any(|check| check["status"] == "fail");
+    same(&report["forks_work"], &!failed, &report)?;
+    same(&(done.code == 0), &!failed, &done)?;
+    holds([0, 69, 77].contains(&done.code), &done)?;
+    for check in checks.iter().filter(|check| check["status"] != "ok") {
+        holds(check["advice"].as_str().is_some_and(|advice| !advice.is_empty()), check)?;
+    }
+    same(&folder.owners(), &0, &"an owner was left")
+}
+
+/// With an empty file in place of the device, by a mount namespace of our own; where that is not
+/// allowed, the host's own lack of it is what is looked at.
+pub fn without_kvm_the_exit_code_says_so() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let mut command = folder.runtime(&["run", "--bare"]);
+    let hidden = hide_device(&mut command);
+    if !hidden && std::path::Path::new("/dev/kvm").exists() {
+        eprintln!("nothing to see: /dev/kvm is there, and cannot be hidden without privileges");
+        return Ok(());
+    }
+    let child = command.stderr(std::process::Stdio::piped()).spawn()?;
+    let done = super::tools::Done::of(child)?;
+    same(&done.code, &69, &done)?;
+    same(&done.err.lines().count(), &1, &done)?;
+    holds(done.err.starts_with("error: cannot open /dev/kvm: "), &done)
+}
+
+/// Runs the command where `/dev` is an empty file system. Needs the right to mount.
+fn hide_device(command: &mut std::process::Command) -> bool {
+    let allowed = std::process::Command::new("unshare")
+        .args(["--mount", "--", "mount", "-t", "tmpfs", "tmpfs", "/dev"])
+        .status()
+        .is_ok_and(|status| status.success());
+    if allowed {
+        let words: Vec<_> = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .map(ToOwned::to_owned)
+            .collect();
+        let environment: Vec<_> = command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect();
+        let mut wrapped = std::process::Command::new("unshare");
+        wrapped
+            .args(["--mount", "--", "sh", "-c", "mount -t tmpfs tmpfs /dev && exec \"$@\"", "sh"])
+            .args(words)
+            .envs(environment);
+        *command = wrapped;
+    }
+    allowed
+}

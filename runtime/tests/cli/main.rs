@@ -1,0 +1,53 @@
+//! The program as its users meet it.
+//!
+//! Tests that need `/dev/kvm` are reported as ignored, by name, where there is none.
+
+mod guest;
+mod host;
+mod tools;
+mod tree;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+type Test = fn() -> Result<(), Failed>;
+
+/// Tests that run everywhere.
+const PURE: &[(&str, Test)] = &[
+    ("usage_errors_are_one_line", host::usage_errors_are_one_line),
+    ("every_verb_has_help", host::every_verb_has_help),
+    ("completions_know_the_verbs", host::completions_know_the_verbs),
+    ("doctor_speaks_json", host::doctor_speaks_json),
+    ("without_kvm_the_exit_code_says_so", host::without_kvm_the_exit_code_says_so),
+    ("nothing_runs_and_ps_says_so", tree::nothing_runs_and_ps_says_so),
+];
+
+/// Tests that run machines.
+const DIRECT: &[(&str, Test)] = &[
+    ("a_guest_prints_forks_and_exits", guest::a_guest_prints_forks_and_exits),
+    ("children_may_be_killed_with_the_root", guest::children_may_be_killed_with_the_root),
+    ("events_come_as_json", guest::events_come_as_json),
+    ("a_crash_has_its_own_code", guest::a_crash_has_its_own_code),
+    ("a_wrong_elf_is_refused", guest::a_wrong_elf_is_refused),
+    ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
+    ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),
+    ("names_must_be_clear", tree::names_must_be_clear),
+    ("ctrl_c_leaves_nothing", tree::ctrl_c_leaves_nothing),
+    ("a_killed_owner_leaves_no_process", tree::a_killed_owner_leaves_no_process),
+];
+
+fn main() -> ExitCode {
+    let missing = !std::path::Path::new("/dev/kvm").exists();
+    if missing {
+        eprintln!("ignored: {} tests that run machines: there is no /dev/kvm", DIRECT.len());
+    }
+    let trial = |(name, test): &(&'static str, Test)| Trial::test(*name, *test);
+    let pure = PURE.iter().map(trial);
+    let direct = DIRECT.iter().map(|test| {
+        let kind = if missing { "no /dev/kvm" } else { "direct" };
+        trial(test).with_kind(kind).with_ignored_flag(missing)
+    });
+    let arguments = Arguments::from_args();
+    libtest_mimic::run(&arguments, pure.chain(direct).collect()).exit_code()
+}

@@ -1,0 +1,191 @@
+//! What the tests share: running the program, in a runtime directory of its own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use serde_json::Value;
+use uuid::Uuid;
+
+/// The program.
+pub const RUNTIME: &str = env!("CARGO_BIN_EXE_runtime");
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A folder that is removed in the end; its path is short enough for sockets in it.
+#[derive(Debug)]
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Result<Self, Failed> {
+        let path = Path::new("/tmp").join(format!("ukp-test-{}", Uuid::new_v4().simple()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// The program, with its sockets in this folder.
+    pub fn runtime(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(RUNTIME);
+        command.args(words).env("XDG_RUNTIME_DIR", &self.0).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn done(&self, words: &[&str]) -> Result<Done, Failed> {
+        let mut command = self.runtime(words);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        Done::of(child)
+    }
+
+    /// Its output as JSON; it must succeed.
+    pub fn json(&self, words: &[&str]) -> Result<Value, Failed> {
+        let done = self.done(words)?;
+        if done.code != 0 {
+            return Err(format!("{words:?}: {done:?}").into());
+        }
+        Ok(serde_json::from_str(&done.out)?)
+    }
+
+    /// Number of owners' folders.
+    pub fn owners(&self) -> usize {
+        std::fs::read_dir(self.0.join("ukp")).map_or(0, Iterator::count)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Done {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Done {
+    /// Waits for the end, and kills a program that does not come to one.
+    pub fn of(mut child: Child) -> Result<Self, Failed> {
+        let end = Instant::now() + PATIENCE;
+        while child.try_wait()?.is_none() {
+            if Instant::now() > end {
+                child.kill()?;
+                let output = child.wait_with_output()?;
+                return Err(format!("no end within {PATIENCE:?}: {output:?}").into());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let Output { status, stdout, stderr } = child.wait_with_output()?;
+        Ok(Self {
+            code: status.code().unwrap_or(-1),
+            out: String::from_utf8_lossy(&stdout).into_owned(),
+            err: String::from_utf8_lossy(&stderr).into_owned(),
+        })
+    }
+}
+
+/// `runtime run --bare` with the bundled guest, up and running.
+#[derive(Debug)]
+pub struct Owner {
+    pub folder: Folder,
+    pub child: Child,
+    pub root: Uuid,
+}
+
+impl Owner {
+    pub fn start(more: &[&str]) -> Result<Self, Failed> {
+        let folder = Folder::new()?;
+        let (child, root) = start(&folder, more)?;
+        Ok(Self { folder, child, root })
+    }
+
+    /// Processes of its tree: they carry the folder in their environment, and one of our names.
+    pub fn processes(&self) -> Vec<i32> {
+        let variable = format!("XDG_RUNTIME_DIR={}", self.folder.0.display());
+        let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter(|pid| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            let ours = environment.split(|byte| *byte == 0).any(|one| one == variable.as_bytes());
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            ours && name.starts_with("ukp-")
+        })
+        .collect()
+    }
+
+    /// Waits until `expected` processes are left.
+    pub fn wait_for_processes(&self, expected: usize) -> Result<(), Failed> {
+        until("processes", || (self.processes().len() == expected).then_some(()))
+    }
+
+    pub fn signal(&self, signal: libc::c_int) -> Result<(), Failed> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let signal = rustix::process::Signal::from_named_raw(signal).ok_or("no such signal")?;
+        Ok(rustix::process::kill_process(pid, signal)?)
+    }
+
+    /// The code that it ends with.
+    pub fn end(&mut self) -> Result<i32, Failed> {
+        until("end of the owner", || self.child.try_wait().ok().flatten())
+            .map(|status| status.code().unwrap_or(-1))
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Also when a test failed half-way.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Starts an owner and reads from its first note which instance it runs.
+pub fn start(folder: &Folder, more: &[&str]) -> Result<(Child, Uuid), Failed> {
+    let words = [&["run", "--bare", "--memory", "64M"], more].concat();
+    let mut child = folder.runtime(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let notes = child.stderr.take().ok_or("no stderr")?;
+    let mut notes = BufReader::new(notes);
+    let mut line = String::new();
+    notes.read_line(&mut line)?;
+    let Some(root) = line.split(' ').nth(1).and_then(|word| word.parse().ok()) else {
+        drop(child.kill());
+        drop(child.wait());
+        return Err(format!("not a note of an instance: {line:?}").into());
+    };
+    // Read to the end, so that the program does not wait for us.
+    std::thread::spawn(move || notes.read_to_end(&mut Vec::new()));
+    Ok((child, root))
+}
+
+/// Asks again and again until there is an answer.
+pub fn until<R>(what: &str, mut f: impl FnMut() -> Option<R>) -> Result<R, Failed> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(result) = f() {
+            return Ok(result);
+        }
+        if Instant::now() > end {
+            return Err(format!("no {what} within {PATIENCE:?}").into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Fails with the values, unless they are equal.
+pub fn same<T: PartialEq<U> + std::fmt::Debug, U: std::fmt::Debug>(
+    left: &T,
+    right: &U,
+    about: &dyn std::fmt::Debug,
+) -> Result<(), Failed> {
+    if left == right { Ok(()) } else { Err(format!("{left:?} is not {right:?}: {about:?}").into()) }
+}
+
+/// Fails with `about`, unless it holds.
+pub fn holds(truth: bool, about: &dyn std::fmt::Debug) -> Result<(), Failed> {
+    if truth { Ok(()) } else { Err(format!("{about:?}").into()) }
+}
