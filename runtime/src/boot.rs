@@ -212,6 +212,8 @@ pub fn start(vcpu: &mut Vcpu, loaded: &Loaded) -> Result<(), BootError> {
         ..Default::default()
     };
     vcpu.boot(&regs, set_sregs)?;
+    // All but the first wait for a start-up interrupt otherwise.
+    vcpu.set_runnable()?;
     // kvmclock, as a guest kernel would switch it on: bit 0 enables.
     vcpu.set_msr(MSR_KVM_SYSTEM_TIME_NEW, entry::clock(index) | 1)?;
     Ok(())

@@ -319,7 +319,9 @@ impl Control<'_> {
             if done(self.instance) {
                 return Ok(());
             }
-            if let Some(error) = self.instance.engine().prewarm_failure_after(failures) {
+            // On its own line: the guard would live as long as the block otherwise.
+            let failed = self.instance.engine().prewarm_failure_after(failures);
+            if let Some(error) = failed {
                 self.instance.engine().forget_waiting();
                 return Err(failure(&error));
             }

@@ -320,6 +320,16 @@ impl Vcpu {
         }
     }
 
+    /// Makes it run at its next entry, whatever it waited for.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_SET_MP_STATE` says.
+    pub fn set_runnable(&self) -> Result<(), KvmError> {
+        let state = kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE };
+        self.fd.set_mp_state(state).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))
+    }
+
     /// Guest TSC frequency in kHz.
     ///
     /// # Errors
