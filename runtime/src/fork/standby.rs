@@ -163,6 +163,8 @@ fn prepare_with(
         ForkError { step: Step::Prewarm, cause: cause.into() }
     }
     link.header().fault.check(Step::Prewarm)?;
+    // Before there is a second thread: without a handler the signal ends the process.
+    sys::install_kick_handler().map_err(failed)?;
     let (identity, base) = link.read_slot(slot, inherited.config.vcpus as usize);
     let (zygote, womb) = zygote_of_child(inherited)?;
     let Womb { host, config, link: own, image, mapping, owned } = womb;
@@ -217,7 +219,6 @@ fn prepare_with(
         let shared = shared.clone();
         instance.spawn_vcpu(vcpu.index(), move || follow(&shared, vcpu)).map_err(failed)?;
     }
-    sys::install_kick_handler().map_err(failed)?;
     rehearse::run(&mut leader, &shared.base.vcpus[0], rehearsing).map_err(failed)?;
     shared.meeting.wait();
     for page in rehearse::roll_back(&instance).map_err(failed)? {
