@@ -1,0 +1,107 @@
+//! What this host can do, and what a test may switch on for its own time.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+
+const SHMEM_THP: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Settings of the host belong to one test at a time.
+static SETTINGS: Mutex<()> = Mutex::new(());
+
+/// Why no machine can be run here, if none can.
+#[must_use]
+pub fn without_kvm() -> Option<String> {
+    runtime::kvm::Host::open().err().map(|error| {
+        let mut text = error.to_string();
+        if let Some(source) = std::error::Error::source(&error) {
+            text = format!("{text}: {source}");
+        }
+        text
+    })
+}
+
+/// Whether soak tests run in full (`UKP_SOAK=1`).
+#[must_use]
+pub fn soak() -> bool {
+    std::env::var_os("UKP_SOAK").is_some_and(|value| value == "1")
+}
+
+/// A setting that is put back when this is dropped.
+#[derive(Debug)]
+pub struct Setting {
+    path: PathBuf,
+    before: String,
+    _settings: MutexGuard<'static, ()>,
+}
+
+impl Setting {
+    fn change(path: &str, before: String, value: &str) -> Result<Self> {
+        let settings = SETTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+        fs::write(path, value).with_context(|| format!("writing {value} to {path}"))?;
+        Ok(Self { path: path.into(), before, _settings: settings })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(&self.path, &self.before) {
+            eprintln!("{} could not be put back to {}: {error}", self.path.display(), self.before);
+        }
+    }
+}
+
+fn writable(path: &str) -> bool {
+    fs::OpenOptions::new().write(true).open(path).is_ok()
+}
+
+/// Why transparent huge pages for shared memory cannot be had, if they cannot.
+#[must_use]
+pub fn without_thp() -> Option<String> {
+    (!writable(SHMEM_THP)).then(|| format!("{SHMEM_THP} cannot be written"))
+}
+
+/// Lets shared memory have transparent huge pages when it asks for them.
+///
+/// # Errors
+///
+/// If the setting cannot be changed.
+pub fn shmem_thp() -> Result<Setting> {
+    let text = fs::read_to_string(SHMEM_THP)?;
+    let before = text.split_once('[').and_then(|(_, tail)| tail.split_once(']'));
+    let before = before.context("no mode is chosen")?.0.to_owned();
+    Setting::change(SHMEM_THP, before, "advise")
+}
+
+/// Why huge pages cannot be reserved, if they cannot.
+#[must_use]
+pub fn without_huge_pages() -> Option<String> {
+    let path = format!("{POOL}/nr_hugepages");
+    (!writable(&path)).then(|| format!("{path} cannot be written"))
+}
+
+/// A pool of exactly `pages` huge pages.
+///
+/// # Errors
+///
+/// If the setting cannot be changed, or memory is too fragmented for so many.
+pub fn huge_pages(pages: u64) -> Result<Setting> {
+    let path = format!("{POOL}/nr_hugepages");
+    let before = fs::read_to_string(&path)?.trim().to_owned();
+    let setting = Setting::change(&path, before, &pages.to_string())?;
+    let got = pool("nr_hugepages");
+    ensure!(got == pages, "the pool has {got} huge pages instead of {pages}");
+    Ok(setting)
+}
+
+/// A figure of the huge page pool: `free_hugepages`, `resv_hugepages`, `nr_hugepages`.
+#[must_use]
+pub fn pool(figure: &str) -> u64 {
+    fs::read_to_string(format!("{POOL}/{figure}"))
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0)
+}
