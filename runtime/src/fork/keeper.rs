@@ -417,7 +417,12 @@ impl Keeper {
         if self.sync && !engine.ready.is_empty() {
             wait = Some(until(self.next_round_ns));
         }
-        if engine.capture.is_some() && engine.ready.len() + self.preparing.len() < self.target {
+        // While as many as possible are being made, their end rings the bell.
+        let more = self.preparing.len() < PARALLEL;
+        if more
+            && engine.capture.is_some()
+            && engine.ready.len() + self.preparing.len() < self.target
+        {
             let retry = until(self.retry_at_ns);
             wait = Some(wait.map_or(retry, |wait| wait.min(retry)));
         }

@@ -1,0 +1,163 @@
+//! Threads: waiting for each other, being stopped, where and how they run.
+#![expect(unsafe_code, reason = "signals, timers and scheduling have no safe wrapper")]
+
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+use rustix::thread::futex;
+
+use super::SysError;
+
+/// Waits until `word` is no longer `expected`, a wake-up, a signal or the end of `timeout`.
+///
+/// The futex is shared between processes. All four outcomes look the same: the caller looks at
+/// the word again.
+pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+    let timeout = timeout.map(|timeout| rustix::time::Timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
+    // Every errno of FUTEX_WAIT (EAGAIN, EINTR, ETIMEDOUT) means "look again".
+    futex::wait(word, futex::Flags::empty(), expected, timeout.as_ref()).unwrap_or(());
+}
+
+/// Wakes every waiter of `word`.
+pub fn futex_wake(word: &AtomicU32) {
+    // Fails only for an address that is not mapped, which a reference rules out.
+    futex::wake(word, futex::Flags::empty(), i32::MAX.cast_unsigned()).unwrap_or(0);
+}
+
+/// The signal that makes a vCPU leave the guest.
+#[must_use]
+pub fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+/// Installs an empty handler for the kick signal: its arrival alone interrupts `KVM_RUN`.
+///
+/// # Errors
+///
+/// What sigaction(2) says.
+pub fn install_kick_handler() -> Result<(), SysError> {
+    extern "C" fn ignore(_: libc::c_int) {}
+    // SAFETY: an all-zero sigaction is a valid value: no flags, empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
+    // SAFETY: `action` is initialised and the handler only returns, which is async-signal-safe.
+    let result = unsafe { libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut()) };
+    if result < 0 { Err(SysError::last("sigaction")) } else { Ok(()) }
+}
+
+/// Sends the kick signal to one thread of this process.
+pub fn kick(tid: i32) {
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: tgkill touches no memory; a thread that is gone gives ESRCH, which is fine.
+    unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, kick_signal()) };
+}
+
+/// Thread id of the caller.
+#[must_use]
+pub fn thread_id() -> i32 {
+    rustix::thread::gettid().as_raw_nonzero().get()
+}
+
+/// Puts the calling thread under `SCHED_FIFO` (priority 1) or back under `SCHED_OTHER`.
+///
+/// # Errors
+///
+/// `EPERM` without `CAP_SYS_NICE` or `RLIMIT_RTPRIO`.
+pub fn set_realtime(on: bool) -> Result<(), SysError> {
+    let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
+    let param = libc::sched_param { sched_priority: i32::from(on) };
+    // SAFETY: `param` is a valid sched_param and thread 0 is the caller.
+    let result = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
+    if result < 0 { Err(SysError::last("sched_setscheduler")) } else { Ok(()) }
+}
+
+/// Restricts the calling thread to the processors of `mask` (bit n: processor n).
+///
+/// # Errors
+///
+/// `EINVAL` if no processor of the mask is there.
+pub fn set_affinity(mask: u64) -> Result<(), SysError> {
+    let mut set = rustix::thread::CpuSet::new();
+    for cpu in 0..64 {
+        if mask >> cpu & 1 == 1 {
+            set.set(cpu);
+        }
+    }
+    rustix::thread::sched_setaffinity(None, &set).map_err(SysError::new("sched_setaffinity"))
+}
+
+/// Restricts another thread to the processors of `mask`.
+///
+/// # Errors
+///
+/// `ESRCH` if it is gone, `EPERM` if it belongs to somebody else.
+pub fn set_affinity_of(tid: i32, mask: u64) -> Result<(), SysError> {
+    // SAFETY: the mask is 8 bytes, which is a valid length of a CPU mask.
+    let result = unsafe {
+        libc::syscall(libc::SYS_sched_setaffinity, tid, size_of::<u64>(), &raw const mask)
+    };
+    if result < 0 { Err(SysError::last("sched_setaffinity")) } else { Ok(()) }
+}
+
+/// The processor that the caller runs on.
+#[must_use]
+pub fn current_cpu() -> u32 {
+    u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(0)
+}
+
+/// Processors that the calling thread may use, of the first 64 (bit n: processor n).
+#[must_use]
+pub fn affinity() -> u64 {
+    rustix::thread::sched_getaffinity(None)
+        .map_or(u64::MAX, |set| (0..64).filter(|cpu| set.is_set(*cpu)).map(|cpu| 1 << cpu).sum())
+}
+
+/// Sends the kick signal to the calling thread again and again until it is dropped: a run of the
+/// guest that would not end by itself does.
+#[derive(Debug)]
+pub struct KickTimer {
+    timer: libc::timer_t,
+}
+
+impl KickTimer {
+    /// The first signal comes after `first_us`, the next ones every millisecond: one that arrives
+    /// before the guest is entered is lost.
+    ///
+    /// # Errors
+    ///
+    /// What `timer_create(2)` says.
+    pub fn start(first_us: i64) -> Result<Self, SysError> {
+        // SAFETY: an all-zero sigevent is a valid value.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = kick_signal();
+        event.sigev_notify_thread_id = thread_id();
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: both pointers are valid for the call.
+        let result =
+            unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) };
+        if result < 0 {
+            return Err(SysError::last("timer_create"));
+        }
+        let this = Self { timer };
+        let spec = libc::itimerspec {
+            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 },
+            it_value: libc::timespec { tv_sec: 0, tv_nsec: first_us * 1000 },
+        };
+        // SAFETY: the timer exists and the specification is valid.
+        let result =
+            unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) };
+        if result < 0 { Err(SysError::last("timer_settime")) } else { Ok(this) }
+    }
+}
+
+impl Drop for KickTimer {
+    fn drop(&mut self) {
+        // SAFETY: the timer exists and is deleted once.
+        let result = unsafe { libc::timer_delete(self.timer) };
+        debug_assert_eq!(result, 0);
+    }
+}
