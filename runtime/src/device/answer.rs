@@ -102,7 +102,11 @@ mod tests {
         let mut answer = Answer::child(&own, 2, 3);
         let mut data = [0_u8; answer::WORDS * 4 + 8];
         answer.read(&mut data);
-        let word = |at: usize| u32::from_le_bytes(data[at * 4..at * 4 + 4].try_into().unwrap());
+        let words: Vec<u32> = data
+            .chunks_exact(4)
+            .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+            .collect();
+        let word = |at: usize| words[at];
         assert_eq!(word(answer::ROLE), 2);
         assert_eq!(word(answer::CHILD_UUID), 0);
         assert_eq!(word(answer::OWN_UUID), 0x0707_0707);

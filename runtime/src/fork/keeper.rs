@@ -72,6 +72,10 @@ pub struct Tick {
     pub forks: Vec<ForkReport>,
     /// Standbys that could not be made.
     pub failures: Vec<ForkError>,
+    /// Something has happened that a waiting fork waits for: a standby is ready, a sync round over.
+    pub news: bool,
+    /// Forks are under way.
+    pub under_way: bool,
     /// When to look again at the latest; `None`: only when the bell rings.
     pub wait: Option<Duration>,
 }
@@ -130,11 +134,14 @@ impl Keeper {
         engine.nudge(NUDGE_NS);
         self.receive(link, &mut engine, &mut tick);
         let lacking = self.lacking(&engine);
+        let wanted_round = engine.wants_round;
         drop(engine);
         if armed && let Err(error) = self.keep_or_raise(instance, lacking) {
             tick.failures.push(error);
         }
         tick.forks.append(&mut self.unreported);
+        tick.news |= wanted_round;
+        tick.under_way = instance.engine().in_flight();
         if !tick.failures.is_empty() {
             self.retry_at_ns = now_ns() + u64::try_from(RETRY.as_nanos()).unwrap_or(0);
             let mut engine = instance.engine();
@@ -167,6 +174,7 @@ impl Keeper {
                 word::PARKED | word::SYNC => {
                     self.prewarm_ns = slot.prewarm_ns.load(Ordering::Relaxed);
                     ready.push(handle);
+                    tick.news = true;
                 }
                 _ if hung_up(&handle.line) => {
                     tick.failures.push(slot_failure(slot));

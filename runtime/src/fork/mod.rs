@@ -13,9 +13,9 @@
 //!    new standby, off the path  <---- zygote of A: no KVM, just memory; fork(2)s standbys
 //! ```
 //!
-//! [`Engine::fork`] is the parent's side, `standby::park_and_go` the child's. Everything else here
-//! prepares for them: [`Capture`](capture) knows what is dirty, the [`Link`] carries it, the
-//! [`zygote`] and [`engine`] keep standbys ready.
+//! [`Engine::fork`] is the parent's side, `park_and_go` in `standby.rs` the child's. Everything else
+//! here prepares for them: `capture.rs` knows what is dirty, the [`Link`] carries it, [`Zygote`] and
+//! [`Keeper`] keep standbys ready.
 
 mod apply;
 mod capture;

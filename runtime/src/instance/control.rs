@@ -17,6 +17,8 @@ use crate::sys::{self, SysError, now_ns};
 
 /// How long a request for standbys or a fork may take.
 const PATIENCE: Duration = Duration::from_mins(1);
+/// How long an instance that ends waits for its last children to come to life.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// Stack of the control thread.
 const STACK: usize = 256 * 1024;
 
@@ -63,7 +65,16 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
             Some(zygote) => {
                 let config = instance.config();
                 let keeper = Keeper::new(zygote, config.standbys, config.sync);
-                Control { instance, owner, keeper, old_link, paused: None, gone: false }.serve()
+                Control {
+                    instance,
+                    owner,
+                    keeper,
+                    old_link,
+                    paused: None,
+                    gone: false,
+                    under_way: false,
+                }
+                .serve()
             }
             None => 1,
         },
@@ -110,6 +121,8 @@ struct Control<'a> {
     old_link: Option<Arc<Link>>,
     paused: Option<Stopped<'a>>,
     gone: bool,
+    /// Forks are under way.
+    under_way: bool,
 }
 
 impl Control<'_> {
@@ -137,6 +150,12 @@ impl Control<'_> {
                 }
             }
         }
+        // Children on their way are waited for, so that the owner hears of every fork.
+        let end = Instant::now() + FAREWELL;
+        while self.under_way && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+            self.look();
+        }
         instance.exit_code.load(Ordering::SeqCst)
     }
 
@@ -156,15 +175,18 @@ impl Control<'_> {
             instance.engine().note_prewarm_failure(&error);
         }
         let tick = self.keeper.tick(instance);
+        self.under_way = tick.under_way;
         for fork in tick.forks {
             self.send(&Event::Forked(Box::new(fork)));
         }
         for error in &tick.failures {
             self.send(&Event::Note { text: chain(error) });
         }
-        instance.news.fetch_add(1, Ordering::SeqCst);
-        if waiting {
-            instance.gate().unblock_all();
+        if tick.news || !tick.failures.is_empty() {
+            instance.news.fetch_add(1, Ordering::SeqCst);
+            if waiting {
+                instance.gate().unblock_all();
+            }
         }
         for event in instance.take_events() {
             self.gone |= matches!(event, Event::Exited { .. });

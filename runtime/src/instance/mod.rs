@@ -1,7 +1,7 @@
 //! One instance: the VMM process around one machine.
 //!
-//! Threads: one per vCPU ([`vcpu`]), and one control thread ([`control`]) that talks to the owner
-//! and keeps standbys ready. A root instance is booted ([`root`]); every other one comes out of a
+//! Threads: one per vCPU (`vcpu.rs`), and one control thread (`control.rs`) that talks to the owner
+//! and keeps standbys ready. A root instance is booted (`root.rs`); every other one comes out of a
 //! standby.
 
 mod control;

@@ -191,20 +191,22 @@ impl Instance {
     /// A fork that the guest asked for.
     fn fork(&self, vcpu: &mut Vcpu, children: u32, doorbell_ns: u64) {
         let index = vcpu.index() as usize;
-        let mut saved = false;
+        let mut asked = false;
         let wait = |vcpu: &mut Option<&mut Vcpu>| {
             let news = self.news.load(Ordering::SeqCst);
-            self.link.ring();
-            if !saved && let Some(vcpu) = vcpu {
-                saved = self.save(vcpu);
+            if !asked && let Some(vcpu) = vcpu {
+                // Once: the control thread knows from here on, and tells when there is news.
+                asked = self.save(vcpu);
+                self.link.ring();
             }
             // The root is armed meanwhile, for which all vCPUs have to be stopped.
             let changed = || self.news.load(Ordering::SeqCst) != news;
             self.gate.block(index, Some(Duration::from_millis(50)), changed);
         };
         let result = self.fork_children(Some(vcpu), children, doorbell_ns, wait);
-        if result.is_err() {
+        if let Err(error) = &result {
             self.engine().forget_waiting();
+            self.post(Event::Note { text: chain(error) });
         }
         let answer = match result {
             Ok(identities) => Answer::parent(&self.identity, &identities),
