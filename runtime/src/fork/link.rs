@@ -11,8 +11,8 @@
 //!
 //! Plain data in it has one owner at a time:
 //!
-//! - the **fork block** belongs to the parent until it publishes `state_ready`, then to the
-//!   children until all of them are live or dead;
+//! - the **fork block** belongs to the parent until it publishes `state_ready` (debug and extended
+//!   control registers: `rest_ready`), then to the children until all of them are live or dead;
 //! - a **slot** belongs to the parent while empty, and to its standby once that is being made;
 //!   `identity` and `base` are written before and never after;
 //! - the **journal** is appended by the parent alone; entries below the published head do not
@@ -144,6 +144,8 @@ pub struct ForkBlock {
     pub pages_ready: AtomicU32,
     /// Number of the fork whose state is below.
     pub state_ready: AtomicU32,
+    /// The same once debug and extended control registers have followed.
+    pub rest_ready: AtomicU32,
     /// Readers that sleep on one of the two.
     pub sleepers: AtomicU32,
     /// End of its pages in the journal.

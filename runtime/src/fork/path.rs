@@ -64,8 +64,10 @@ impl Engine {
         block.stamps.stamp(Moment::Pages);
 
         fault.check(Step::CaptureState)?;
-        capture_state(instance, vcpu).map_err(ForkError::at(Step::CaptureState))?;
+        capture_state(instance, &mut vcpu).map_err(ForkError::at(Step::CaptureState))?;
         publish(block, &block.state_ready);
+        capture_rest(link, vcpu).map_err(ForkError::at(Step::CaptureState))?;
+        publish(block, &block.rest_ready);
         block.stamps.stamp(Moment::Released);
 
         drop(stopped);
@@ -132,17 +134,23 @@ fn publish(block: &ForkBlock, field: &std::sync::atomic::AtomicU32) {
 
 /// Puts the state of all vCPUs and the interrupt controllers into the fork block. The other vCPUs
 /// saved theirs when they stopped.
-fn capture_state(instance: &Instance, vcpu: Option<&mut Vcpu>) -> Result<(), KvmError> {
+fn capture_state(instance: &Instance, vcpu: &mut Option<&mut Vcpu>) -> Result<(), KvmError> {
     instance.link().write_fork(|state| {
         let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
         for index in (0..instance.vcpus()).filter(|index| Some(*index) != own) {
             instance.gate().with_saved(index, |saved| state.vcpus[index].copy_from(saved));
         }
         if let Some(vcpu) = vcpu {
-            vcpu.save(&mut state.vcpus[vcpu.index() as usize])?;
+            vcpu.save_most(&mut state.vcpus[vcpu.index() as usize])?;
         }
         instance.machine().save_irqchips(&mut state.vm)
     })
+}
+
+/// What hardly ever changes follows while the children take in the rest.
+fn capture_rest(link: &Link, vcpu: Option<&mut Vcpu>) -> Result<(), KvmError> {
+    let Some(vcpu) = vcpu else { return Ok(()) };
+    link.write_fork(|state| vcpu.save_rest(&mut state.vcpus[vcpu.index() as usize]))
 }
 
 /// The failure that a decision carries.

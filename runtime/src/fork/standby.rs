@@ -259,6 +259,10 @@ impl Standby {
         let applied = self.apply_fork()?;
         slot.stamps.stamp(Moment::Applied);
         shared.set_stage(2);
+        if !shared.is_there(|block| &block.state_ready) {
+            // The time would be spent waiting; so KVM's entry path is warm when it counts.
+            vcpu.warm_up().map_err(ForkError::at(Step::RestoreState))?;
+        }
         shared.wait(|block| &block.state_ready)?;
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
@@ -355,10 +359,13 @@ impl Standby {
         let at = |error: crate::kvm::KvmError| ForkError::at(Step::RestoreState)(error);
         shared.begin(Step::RestoreState)?;
         let state = shared.link.read_fork();
-        vcpu.restore(&state.vcpus[0], Some(&shared.base.vcpus[0])).map_err(at)?;
+        let base = &shared.base.vcpus[0];
+        vcpu.restore_most(&state.vcpus[0], Some(base)).map_err(at)?;
         if !state.vm.same_irqchips(&shared.base.vm) {
             shared.instance.machine().restore_irqchips(&state.vm).map_err(at)?;
         }
+        shared.wait(|block| &block.rest_ready)?;
+        vcpu.restore_rest(&state.vcpus[0], base).map_err(at)?;
         shared.begin(Step::Identity)?;
         let slot = shared.link.slot(shared.slot);
         let index = slot.index.load(Ordering::Relaxed);
@@ -386,6 +393,12 @@ impl Shared {
     fn announce_life(&self) {
         self.link.slot(self.slot).word.store(word::LIVE, Ordering::Release);
         self.link.ring();
+    }
+
+    /// Whether a field of the fork block has the number of this standby's fork.
+    fn is_there(&self, field: impl Fn(&link::ForkBlock) -> &AtomicU32) -> bool {
+        let number = self.link.slot(self.slot).fork.load(Ordering::Acquire);
+        field(self.link.fork()).load(Ordering::Acquire) == number
     }
 
     /// Waits until a field of the fork block has the number of this standby's fork.
@@ -493,6 +506,7 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     }
     shared.wait(|block| &block.state_ready)?;
     shared.begin(Step::RestoreState)?;
+    shared.wait(|block| &block.rest_ready)?;
     vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
         .map_err(failed(Step::RestoreState))?;
     let rang = shared.link.fork().vcpu.load(Ordering::Relaxed) == vcpu.index();

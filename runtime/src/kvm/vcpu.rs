@@ -159,7 +159,8 @@ impl Vcpu {
         result
     }
 
-    /// Puts the state into `state`.
+    /// Puts the state but for debug and extended control registers into `state`: on the fork path
+    /// those follow while the child takes in the others.
     ///
     /// General, segment and control registers and events come from the `kvm_run` page: KVM left
     /// them there when the vCPU last returned, so the caller has [`Vcpu::settle`]d it.
@@ -167,7 +168,7 @@ impl Vcpu {
     /// # Errors
     ///
     /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR could not be read.
-    pub fn save(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
+    pub fn save_most(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
         let sync = self.fd.sync_regs();
         state.regs = sync.regs;
         state.sregs = sync.sregs;
@@ -175,8 +176,6 @@ impl Vcpu {
         self.save_xsave(state)?;
         self.save_msrs(state)?;
         state.lapic = self.fd.get_lapic().map_err(KvmError::ioctl("KVM_GET_LAPIC"))?;
-        state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
-        state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
         // A vCPU whose last exit was an access of its own was running.
         state.mp = if self.accessed {
             kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE }
@@ -184,6 +183,27 @@ impl Vcpu {
             self.fd.get_mp_state().map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?
         };
         Ok(())
+    }
+
+    /// Puts what hardly ever changes into `state`: what [`Vcpu::save_most`] leaves out.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn save_rest(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
+        state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
+        state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
+        Ok(())
+    }
+
+    /// Puts the whole state into `state`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::save_most`] and [`Vcpu::save_rest`].
+    pub fn save(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
+        self.save_most(state)?;
+        self.save_rest(state)
     }
 
     fn save_xsave(&self, state: &mut VcpuState) -> Result<(), KvmError> {
@@ -216,11 +236,47 @@ impl Vcpu {
     ///
     /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR was refused.
     pub fn restore(&mut self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
-        let differs =
-            |same: fn(&VcpuState, &VcpuState) -> bool| from.is_none_or(|from| !same(to, from));
-        if differs(|a, b| a.xcrs == b.xcrs) {
+        if from.is_none_or(|from| to.xcrs != from.xcrs) {
             self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
         }
+        self.restore_most(to, from)?;
+        self.restore_debug(to, from)
+    }
+
+    /// Sets what [`Vcpu::save_rest`] saved, after [`Vcpu::restore_most`] on a vCPU that was in the
+    /// state `from`.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn restore_rest(&mut self, to: &VcpuState, from: &VcpuState) -> Result<(), KvmError> {
+        if to.xcrs != from.xcrs {
+            self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
+            // Checked against the control register when it was set, so it is set again.
+            self.restore_xsave(to)?;
+        }
+        self.restore_debug(to, Some(from))
+    }
+
+    fn restore_debug(&self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
+        if from.is_none_or(|from| to.debug != from.debug) {
+            self.fd.set_debug_regs(&to.debug).map_err(KvmError::ioctl("KVM_SET_DEBUGREGS"))?;
+        }
+        Ok(())
+    }
+
+    /// As [`Vcpu::restore`], but for debug and extended control registers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vcpu::restore`].
+    pub fn restore_most(
+        &mut self,
+        to: &VcpuState,
+        from: Option<&VcpuState>,
+    ) -> Result<(), KvmError> {
+        let differs =
+            |same: fn(&VcpuState, &VcpuState) -> bool| from.is_none_or(|from| !same(to, from));
         if differs(|a, b| a.xsave() == b.xsave()) {
             self.restore_xsave(to)?;
         }
@@ -233,9 +289,6 @@ impl Vcpu {
         }
         if differs(|a, b| a.msrs() == b.msrs()) {
             self.restore_msrs(to)?;
-        }
-        if differs(|a, b| a.debug == b.debug) {
-            self.fd.set_debug_regs(&to.debug).map_err(KvmError::ioctl("KVM_SET_DEBUGREGS"))?;
         }
         if differs(|a, b| a.mp == b.mp) {
             self.fd.set_mp_state(to.mp).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))?;
