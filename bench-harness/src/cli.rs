@@ -29,8 +29,17 @@ use clap_complete::Shell;
 use crate::scenario::{Catalogue, Set};
 use crate::session::Lab;
 
+/// What a laboratory is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A report, with everything that forks are compared with.
+    Report,
+    /// One batch of `ab`: nothing but the forks.
+    Batch,
+}
+
 /// Opens the laboratory: called only by commands that need one.
-pub type OpenLab<'a> = &'a dyn Fn() -> Result<Box<dyn Lab>>;
+pub type OpenLab<'a> = &'a dyn Fn(Purpose) -> Result<Box<dyn Lab>>;
 
 /// Scenarios, samples and reports for forks of whole virtual machines.
 #[derive(Debug, Parser)]
@@ -150,7 +159,7 @@ mod tests {
     fn list_needs_no_laboratory() {
         let cli = Cli::parse_from(["bench-harness", "list"]);
         let mut out = Vec::new();
-        let none = || anyhow::bail!("no laboratory here");
+        let none = |_| anyhow::bail!("no laboratory here");
         dispatch(&cli, &none, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
         assert!(text.contains("* quiet ") && text.contains("  memory-8g "), "{text}");

@@ -9,7 +9,7 @@
 //! ab: two executables ──> stats::interleave ──> stats::judge ──> alarm or not
 //! ```
 //!
-//! Nothing here knows how a machine is forked, except the laboratory behind [`session::Lab`]. What
+//! Nothing here knows how a machine is forked, except [`lab`], behind [`session::Lab`]. What
 //! its figures are compared with, in the same run, is timed by [`baseline`].
 //! What the figures mean is in `METHODOLOGY.md`, what they cannot say in `BIAS.md`.
 
@@ -17,6 +17,7 @@
 
 pub mod baseline;
 pub mod cli;
+pub mod lab;
 pub mod plot;
 pub mod progress;
 pub mod record;

@@ -2,6 +2,15 @@
 
 use std::process::ExitCode;
 
+use bench_harness::cli::Purpose;
+use bench_harness::lab::{EngineLab, Options};
+
 fn main() -> ExitCode {
-    bench_harness::cli::main(&|| anyhow::bail!("this build has no laboratory"))
+    // Instances are this same program: nothing may come before.
+    runtime::owner::instance_if_asked();
+    bench_harness::cli::main(&|purpose| {
+        let whole = purpose == Purpose::Report;
+        let options = Options { compare: whole, warm_memory: whole, ..Options::default() };
+        Ok(Box::new(EngineLab::new(options)))
+    })
 }

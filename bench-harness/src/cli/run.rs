@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
-use super::{OpenLab, SetArg};
+use super::{OpenLab, Purpose, SetArg};
 use crate::progress::Terminal;
 use crate::report::{Revision, ScenarioSummary, json_line, write};
 use crate::scenario::{Catalogue, Scenario};
@@ -111,7 +111,7 @@ pub(super) fn samples(
     let mut scenario = catalogue.get(&args.name)?.clone();
     scenario.forks = args.forks;
     scenario.warmup = args.warmup;
-    let run = open_lab()?.run(&scenario, &mut Silent).map_err(without_layer)?;
+    let run = open_lab(Purpose::Batch)?.run(&scenario, &mut Silent).map_err(without_layer)?;
     writeln!(out, "{}", serde_json::to_string(&batch(&run))?)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -128,7 +128,7 @@ fn batch(run: &ScenarioRun) -> Batch {
 }
 
 fn measure(scenarios: &[Scenario], open_lab: OpenLab<'_>) -> Result<Session> {
-    let mut lab = open_lab()?;
+    let mut lab = open_lab(Purpose::Report)?;
     let command = std::env::args().collect::<Vec<_>>();
     // The program's name only: its path says where somebody keeps their files.
     let name = command.first().and_then(|path| path.rsplit('/').next()).unwrap_or("bench-harness");

@@ -1,0 +1,70 @@
+//! Kind `children`: forks while more and more children are alive, and what one of them weighs.
+
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::bench::Bench;
+use super::error::Trouble;
+use super::process;
+use crate::session::LabError;
+
+/// Children whose memory is looked at page by page.
+const WEIGHED: usize = 32;
+/// How long memory may take to settle before it is measured.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// `keep_children` forks whose children stay, then `forks` more whose children end.
+pub(super) fn children(bench: &mut Bench<'_>) -> Result<(), LabError> {
+    bench.warm_up()?;
+    let scenario = bench.scenario;
+    let keep = scenario.keep_children;
+    bench.progress.phase("forks", u64::from(keep) + u64::from(scenario.forks));
+    std::thread::sleep(SETTLE);
+    let before = process::available_bytes();
+    let begin = Instant::now();
+    let mut alive: Vec<Uuid> = Vec::new();
+    for _ in 0..keep {
+        alive.extend(one(bench, alive.len())?);
+        bench.rig.ready(bench.guest.uuid, 1)?;
+    }
+    bench.run.values.insert("started_s".to_owned(), begin.elapsed().as_secs_f64());
+    std::thread::sleep(SETTLE);
+    weigh(bench, &alive, before)?;
+    for _ in 0..scenario.forks {
+        let children = one(bench, alive.len())?;
+        bench.rig.end_all(&children)?;
+        bench.rig.ready(bench.guest.uuid, 1)?;
+    }
+    let begin = Instant::now();
+    bench.rig.end_all(&alive)?;
+    bench.run.values.insert("ended_s".to_owned(), begin.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// One fork while so many children are alive.
+fn one(bench: &mut Bench<'_>, alive: usize) -> Result<Vec<Uuid>, LabError> {
+    let plan = bench.plan();
+    let mut round = bench.fork(&plan)?;
+    let alive = u32::try_from(alive).map_or(f64::INFINITY, f64::from);
+    bench.record_with(&mut round, |sample| sample.with("alive_children", alive));
+    bench.progress.advance(1);
+    Ok(round.children)
+}
+
+/// Memory of one child: as the whole machine sees it, and what of it is private user memory.
+fn weigh(bench: &mut Bench<'_>, alive: &[Uuid], before: u64) -> Result<(), Trouble> {
+    let Ok(count @ 1..) = u32::try_from(alive.len()) else { return Ok(()) };
+    let lost = before.saturating_sub(process::available_bytes());
+    bench.run.memory_per_child_bytes = Some(lost / u64::from(count));
+    let mut private = Vec::new();
+    for uuid in alive.iter().step_by(alive.len().div_ceil(WEIGHED)) {
+        // The child's zygote is part of it.
+        let processes = process::tree(bench.rig.pid(*uuid)?);
+        private.push(processes.into_iter().map(process::private_dirty_bytes).sum::<u64>());
+    }
+    #[expect(clippy::cast_precision_loss, reason = "bytes of a few processes are below 2^52")]
+    let mean = private.iter().sum::<u64>() as f64 / private.len().max(1) as f64;
+    bench.run.values.insert("private_user_bytes".to_owned(), mean);
+    Ok(())
+}

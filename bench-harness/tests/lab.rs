@@ -1,0 +1,207 @@
+//! The laboratory on this host's KVM: a tiny scenario of each kind from end to end, and a run that
+//! must be void.
+//!
+//! Instances are this same program, so it has a `main` of its own.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails should say where")]
+
+use std::fs::{self, OpenOptions};
+use std::process::ExitCode;
+
+use bench_harness::lab::{EngineLab, Options};
+use bench_harness::scenario::{Catalogue, Scenario};
+use bench_harness::session::{Lab, LabError, ScenarioRun, Silent};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const SCENARIOS: &str = r#"
+[[scenario]]
+name = "dirty"
+about = "100 random dirty pages"
+memory_mib = 32
+forks = 6
+warmup = 2
+dirty = { pages = 100, mode = "random" }
+
+[[scenario]]
+name = "same"
+about = "the same pages, announced, in open loop"
+memory_mib = 32
+forks = 4
+warmup = 1
+announce_us = 500
+interval_us = 20000
+dirty = { pages = 50, mode = "same" }
+
+[[scenario]]
+name = "busy"
+about = "pages at a rate"
+memory_mib = 32
+forks = 3
+warmup = 1
+rate_pages_per_second = 10000
+
+[[scenario]]
+name = "vcpus"
+about = "two vCPUs"
+memory_mib = 32
+vcpus = 2
+forks = 4
+warmup = 1
+
+[[scenario]]
+name = "depth"
+about = "three deep"
+kind = "depth"
+memory_mib = 32
+depth = 3
+forks = 2
+warmup = 1
+dirty = { pages = 20, mode = "random" }
+
+[[scenario]]
+name = "children"
+about = "three alive"
+kind = "children"
+memory_mib = 32
+keep_children = 3
+forks = 2
+warmup = 1
+
+[[scenario]]
+name = "fanout"
+about = "three at once"
+kind = "fanout"
+memory_mib = 32
+children_per_fork = 3
+forks = 2
+warmup = 1
+
+[[scenario]]
+name = "tax"
+about = "work over 1 MiB"
+kind = "tax"
+memory_mib = 32
+work_mib = 1
+forks = 2
+warmup = 1
+
+[[scenario]]
+name = "upkeep"
+about = "off the path"
+kind = "upkeep"
+memory_mib = 32
+forks = 1
+warmup = 1
+"#;
+
+fn main() -> ExitCode {
+    runtime::owner::instance_if_asked();
+    let mut arguments = Arguments::from_args();
+    // They share two processors with each other's standbys, and count processes.
+    arguments.test_threads = Some(1);
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let trial = |name: &str, run: fn() -> Result<(), Failed>| {
+        Trial::test(name, run).with_ignored_flag(kvm.is_err())
+    };
+    let trials = vec![
+        trial("every_kind_of_scenario_runs_and_leaves_nothing", every_kind),
+        trial("a_wrong_checksum_voids_the_run", negative_control),
+        trial("a_floor_lies_below_every_fork", floor),
+    ];
+    if let Err(error) = &kvm {
+        eprintln!("/dev/kvm cannot be opened, tests that need it are ignored: {error}");
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn scenario(name: &str) -> Scenario {
+    Catalogue::parse("test", SCENARIOS).unwrap().get(name).unwrap().clone()
+}
+
+fn run(name: &str, options: Options) -> Result<ScenarioRun, LabError> {
+    EngineLab::new(options).run(&scenario(name), &mut Silent)
+}
+
+const BARE: Options = Options { compare: false, warm_memory: false, spoil_model: false };
+
+/// Processes of this program besides this one: their names.
+fn others() -> Vec<String> {
+    let own = fs::read_link("/proc/self/exe").unwrap();
+    let pid = std::process::id().to_string();
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    processes
+        .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
+        .filter(|entry| entry.file_name() != pid.as_str())
+        .filter(|entry| fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == own))
+        .map(|entry| fs::read_to_string(entry.path().join("stat")).unwrap_or_default())
+        .collect()
+}
+
+fn every_kind() -> Result<(), Failed> {
+    for scenario in Catalogue::parse("test", SCENARIOS)?.all() {
+        let name = &scenario.name;
+        let run = run(name, BARE).map_err(|error| format!("{name}: {error:?}"))?;
+        let recorder = &run.recorder;
+        let forks = match name.as_str() {
+            "depth" => 6,
+            "children" => 5,
+            "tax" => 4,
+            _ => usize::try_from(scenario.forks)?,
+        };
+        assert_eq!((recorder.forks(), recorder.failed()), (forks, 0), "{name}");
+        for metric in ["branch_us", "pause_us", "stage_run_us", "captured_pages", "prewarm_us"] {
+            assert!(!recorder.samples(metric).is_empty(), "{name} has no {metric}");
+        }
+        assert!(recorder.samples("branch_us").iter().all(|us| *us > 1.0 && *us < 1e7), "{name}");
+        assert_eq!(others(), [""; 0], "{name} left processes behind");
+        shows(name, &run);
+    }
+    Ok(())
+}
+
+/// What each kind measures besides.
+fn shows(name: &str, run: &ScenarioRun) {
+    let metrics: &[&str] = match name {
+        "same" => &["latency_us"],
+        "depth" => &["depth"],
+        "children" => &["alive_children"],
+        "tax" => &["tax_parent_ratio", "tax_child_ratio"],
+        "upkeep" => &["arm_us", "teardown_us"],
+        _ => &[],
+    };
+    let values: &[&str] = match name {
+        "busy" => &["sync_tax_ratio"],
+        "children" => &["started_s", "private_user_bytes"],
+        "upkeep" => &["idle_cpu_ratio"],
+        _ => &[],
+    };
+    for metric in metrics {
+        assert!(!run.recorder.samples(metric).is_empty(), "{name} has no {metric}");
+    }
+    for value in values {
+        assert!(run.values.contains_key(*value), "{name} has no {value}: {:?}", run.values);
+    }
+}
+
+/// If the harness expects something else in memory than there is, it must say so.
+fn negative_control() -> Result<(), Failed> {
+    for name in ["dirty", "vcpus", "fanout"] {
+        match run(name, Options { spoil_model: true, ..BARE }) {
+            Err(LabError::Void { reason }) if reason.contains("checksum") => {}
+            other => return Err(format!("{name} with a wrong model: {other:?}").into()),
+        }
+        assert_eq!(others(), [""; 0], "{name} left processes behind");
+    }
+    Ok(())
+}
+
+fn floor() -> Result<(), Failed> {
+    let run = run("dirty", Options { compare: true, ..BARE })?;
+    let floor = run.floor_us.unwrap();
+    let branch = run.recorder.summary("branch_us").unwrap();
+    assert!(floor > 1.0 && floor < 3.0 * branch.p50.0, "{floor} µs, {branch:?}");
+    for baseline in ["cold_create_us", "process_fork_us", "posix_spawn_us"] {
+        assert!(run.baselines_us.contains_key(baseline), "{baseline}: {:?}", run.notes);
+    }
+    Ok(())
+}
