@@ -7,7 +7,9 @@
 //! bench-harness list                     what there is
 //! bench-harness json quiet               one scenario, one JSON object as last line
 //! bench-harness samples quiet            one batch for `ab`, one JSON object
-//! bench-harness ab --base A --change B   two executables, interleaved; exit code 1 is an alarm
+//! bench-harness ab main HEAD             two revisions, interleaved; exit code 1 is an alarm
+//! bench-harness ab --base A --change B   the same with two executables
+//! bench-harness gate                     counts per fork, and results/BASE against this executable
 //! bench-harness compare results/X results/Y
 //! bench-harness completions bash
 //! ```
@@ -16,6 +18,7 @@
 
 mod ab;
 mod compare;
+mod gate;
 mod run;
 
 use std::io::{self, Write};
@@ -62,8 +65,13 @@ enum Command {
     Json(run::JsonArgs),
     /// Measure one batch for `ab` and print it as one JSON object.
     Samples(run::SamplesArgs),
-    /// Compare two executables of this program, interleaved, and fail if the change is slower.
+    /// Compare two revisions, or executables, interleaved, and fail if the change is slower.
     Ab(ab::AbArgs),
+    /// Fail if a fork does more than recorded, or takes longer than with the base.
+    Gate(gate::GateArgs),
+    /// Run forks for `gate`, which traces this.
+    #[command(hide = true)]
+    Workload(gate::WorkloadArgs),
     /// Compare two recorded runs. This is history, not a verdict.
     Compare(compare::CompareArgs),
     /// Print completions for a shell.
@@ -125,6 +133,8 @@ fn dispatch(cli: &Cli, open_lab: OpenLab<'_>, out: &mut dyn Write) -> Result<Exi
         Command::Samples(args) => run::samples(args, &catalogue, open_lab, out),
         Command::List => list(&catalogue, out),
         Command::Ab(args) => ab::ab(args, cli.scenarios.as_deref(), out),
+        Command::Gate(args) => gate::gate(args, open_lab, out),
+        Command::Workload(args) => gate::workload(args, out),
         Command::Compare(args) => compare::compare(args, out),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "bench-harness", &mut { out });

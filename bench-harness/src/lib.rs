@@ -17,6 +17,7 @@
 
 pub mod baseline;
 pub mod cli;
+pub mod gate;
 pub mod lab;
 pub mod plot;
 pub mod progress;

@@ -33,7 +33,7 @@ fn ab(base: &Path, change: &Path, out: &str) -> (Output, String, PathBuf) {
         fs::remove_dir_all(&folder).unwrap();
     }
     let mut command = Command::new(env!("CARGO_BIN_EXE_bench-harness"));
-    command.arg("ab").arg("quiet").arg("--base").arg(base).arg("--change").arg(change);
+    command.args(["ab", "--scenario", "quiet"]).arg("--base").arg(base).arg("--change").arg(change);
     let output = command.arg("--out").arg(&folder).output().unwrap();
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     (output, text, folder)

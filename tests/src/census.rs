@@ -37,14 +37,16 @@ fn process(pid: i32, leader: i32) -> Option<Process> {
     let state = fields.next()?;
     let parent = fields.next()?.parse().ok()?;
     let group: i32 = fields.next()?.parse().ok()?;
-    (group == leader).then(|| Process { pid, parent, name, zombie: matches!(state, "Z" | "X") })
+    (group == leader).then_some(Process { pid, parent, name, zombie: matches!(state, "Z" | "X") })
 }
 
 /// What a set of processes holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Census {
-    /// Processes, zombies included.
+    /// Processes that run.
     pub processes: usize,
+    /// Ended processes whose parent, one of these, has not reaped them.
+    pub zombies: usize,
     /// Open descriptors.
     pub fds: usize,
     /// Mappings.
@@ -58,9 +60,15 @@ pub struct Census {
 pub fn count(leader: i32) -> Census {
     let mut census = Census::default();
     let mut memfds = BTreeSet::new();
-    for Process { pid, .. } in group(leader) {
+    let all = group(leader);
+    for Process { pid, parent, zombie, .. } in &all {
+        if *zombie {
+            // Orphans are the init process's to reap, in its own time.
+            census.zombies += usize::from(all.iter().any(|other| other.pid == *parent));
+            continue;
+        }
         census.processes += 1;
-        census.fds += fds(pid);
+        census.fds += fds(*pid);
         // address permissions offset device inode path
         let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
         census.maps += maps.lines().count();
@@ -98,6 +106,19 @@ pub fn cpu_ticks(pid: i32) -> u64 {
     let Some((_, tail)) = stat.rsplit_once(')') else { return 0 };
     // utime and stime are fields 14 and 15 of the whole line; the tail starts at field 3.
     tail.split_ascii_whitespace().skip(11).take(2).filter_map(|it| it.parse::<u64>().ok()).sum()
+}
+
+/// Threads of a process that the scheduler puts before all ordinary ones.
+#[must_use]
+pub fn realtime_threads(pid: i32) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let policies = tasks.filter_map(|task| {
+        let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+        // Field 41 of the whole line; the tail starts at field 3.
+        let (_, tail) = stat.rsplit_once(')')?;
+        tail.split_ascii_whitespace().nth(38)?.parse::<u32>().ok()
+    });
+    policies.filter(|policy| *policy != 0).count()
 }
 
 /// Looks again and again until `holds`; `false` if it did not within `time`.

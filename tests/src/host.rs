@@ -3,8 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+
+use crate::census;
 
 const SHMEM_THP: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
@@ -92,8 +95,17 @@ pub fn huge_pages(pages: u64) -> Result<Setting> {
     let path = format!("{POOL}/nr_hugepages");
     let before = fs::read_to_string(&path)?.trim().to_owned();
     let setting = Setting::change(&path, before, &pages.to_string())?;
+    // Those of a test before this one may still be on their way back.
+    let free = || pool("free_hugepages") == pages && pool("resv_hugepages") == 0;
+    let settled = census::eventually(Duration::from_secs(5), || {
+        free() || fs::write(&path, pages.to_string()).is_ok() && free()
+    });
     let got = pool("nr_hugepages");
-    ensure!(got == pages, "the pool has {got} huge pages instead of {pages}");
+    ensure!(
+        settled && got == pages,
+        "{} of {got} huge pages are free, not {pages}",
+        pool("free_hugepages")
+    );
     Ok(setting)
 }
 

@@ -210,9 +210,9 @@ mod tests {
         results[10] = 100;
         results[11] = 200;
         results[12] = 1;
-        results[13] = 2 << 32 | 12; // status, role
+        results[13] = 2 << 32 | 0xc; // status, role
         results[14] = 0x0706_0504_0302_0100; // first half of the child's UUID
-        results[13 + answer::FAILED_STEP / 2] = 7 | 3 << 32;
+        results[13 + answer::FAILED_STEP / 2] = 0x7 | 3 << 32;
         let forked = Forked::read(&results, 10)?;
         assert_eq!((forked.tsc_before, forked.tsc_after, forked.registers), (100, 200, true));
         assert_eq!((forked.status, forked.role), (12, 2));

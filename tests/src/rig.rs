@@ -17,7 +17,7 @@ use crate::memory::Memory;
 use crate::program::{check, fill, peek};
 
 /// How long a test may have its instances.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 /// How long an answer may take.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Seed of the fill.
@@ -226,9 +226,11 @@ impl Rig {
     ///
     /// If one does not end.
     pub fn kill_children(&self) -> Result<()> {
-        self.owner.alive().into_iter().filter(|uuid| *uuid != self.root).try_for_each(|uuid| {
-            self.kill(uuid)
-        })
+        self.owner
+            .alive()
+            .into_iter()
+            .filter(|uuid| *uuid != self.root)
+            .try_for_each(|uuid| self.kill(uuid))
     }
 
     /// Makes `step` fail once.
@@ -265,10 +267,21 @@ impl Rig {
         census::group(self.group.leader)
     }
 
-    /// What its processes hold.
-    #[must_use]
-    pub fn census(&self) -> Census {
-        census::count(self.group.leader)
+    /// What its processes hold, once nothing comes or goes any more.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come to that.
+    pub fn census(&self) -> Result<Census> {
+        let mut last = Census::default();
+        let settled = census::eventually(PATIENCE, || {
+            let before = census::count(self.group.leader);
+            std::thread::sleep(Duration::from_millis(60));
+            last = census::count(self.group.leader);
+            before == last && last.zombies == 0
+        });
+        ensure!(settled, "processes come and go: {:?}", self.processes());
+        Ok(last)
     }
 
     /// Waits until its processes hold what they held at `before`.
@@ -277,13 +290,9 @@ impl Rig {
     ///
     /// What they hold instead.
     pub fn settles_at(&self, before: Census, what: &str) -> Result<()> {
-        let settled = census::eventually(Duration::from_secs(5), || self.census() == before);
-        ensure!(
-            settled,
-            "{what}: {:?} instead of {before:?}; {:?}",
-            self.census(),
-            self.processes()
-        );
+        let now = || census::count(self.group.leader);
+        let settled = census::eventually(Duration::from_secs(5), || now() == before);
+        ensure!(settled, "{what}: {:?} instead of {before:?}; {:?}", now(), self.processes());
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! `ab`: two executables of this program, measured in turn.
 //!
-//! Each batch is a process of its own: `EXECUTABLE samples SCENARIO`. A timing alarm is measured
+//! They are given as files, or as two revisions that are built first. Each batch is a process of its
+//! own: `EXECUTABLE samples SCENARIO`. A timing alarm is measured
 //! again with other coins before it counts; an exact count that differs counts at once.
 
 use std::fmt::Write as _;
@@ -16,14 +17,17 @@ use crate::stats::{Batch, Judgement, Plan, Thresholds, Unit, interleave, judge};
 
 #[derive(Debug, Args)]
 pub(super) struct AbArgs {
+    /// Revisions of base and change, to be built in worktrees of their own.
+    #[arg(value_name = "REVISION", num_args = 2, required_unless_present = "base")]
+    revisions: Vec<String>,
     /// Executable of the base.
-    #[arg(long, value_name = "FILE")]
-    base: PathBuf,
+    #[arg(long, value_name = "FILE", conflicts_with = "revisions", requires = "change")]
+    base: Option<PathBuf>,
     /// Executable of the change.
-    #[arg(long, value_name = "FILE")]
-    change: PathBuf,
+    #[arg(long, value_name = "FILE", conflicts_with = "revisions", requires = "base")]
+    change: Option<PathBuf>,
     /// Scenarios to compare.
-    #[arg(value_name = "SCENARIO", default_values_t = ["quiet".to_owned(), "dirty-100".to_owned()])]
+    #[arg(long = "scenario", value_name = "NAME", default_values_t = SCENARIOS.map(str::to_owned))]
     names: Vec<String>,
     /// Metrics to decide on; each makes the others' p stricter.
     #[arg(long = "metric", value_name = "NAME", default_values_t = ["branch_us".to_owned()])]
@@ -51,13 +55,56 @@ pub(super) struct AbArgs {
     out: Option<PathBuf>,
 }
 
+/// Scenarios that are compared if nobody says which.
+const SCENARIOS: [&str; 2] = ["quiet", "dirty-100"];
+
+impl AbArgs {
+    /// Two executables, and for everything else what the command line has by default.
+    pub(super) fn new(base: PathBuf, change: PathBuf, units: u32) -> Self {
+        let Thresholds { p, absolute_us, relative } = Thresholds::default();
+        Self {
+            revisions: Vec::new(),
+            base: Some(base),
+            change: Some(change),
+            names: SCENARIOS.map(str::to_owned).to_vec(),
+            metrics: vec!["branch_us".to_owned()],
+            units,
+            forks: 25,
+            seed: Plan::default().seed,
+            p,
+            absolute_us,
+            relative,
+            out: None,
+        }
+    }
+
+    /// The executables of base and change.
+    fn sides(&self) -> Result<[PathBuf; 2]> {
+        if let (Some(base), Some(change)) = (&self.base, &self.change) {
+            return Ok([base.clone(), change.clone()]);
+        }
+        let mut built = super::gate::executables(&self.revisions)?.into_iter();
+        built.next().zip(built.next()).map(<[_; 2]>::from).context("two revisions are compared")
+    }
+}
+
 pub(super) fn ab(args: &AbArgs, scenarios: Option<&Path>, out: &mut dyn Write) -> Result<ExitCode> {
+    Ok(if compare(args, scenarios, out)? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Compares; `false` is an alarm.
+pub(super) fn compare(
+    args: &AbArgs,
+    scenarios: Option<&Path>,
+    out: &mut dyn Write,
+) -> Result<bool> {
+    let sides = args.sides()?;
     let mut alarms = Vec::new();
     for name in &args.names {
-        let mut judgement = round(args, scenarios, name, args.seed, out)?;
+        let mut judgement = round(args, &sides, scenarios, (name, args.seed), out)?;
         if judgement.timing_alarm() && !judgement.exact_alarm() {
             writeln!(out, "{name}: measuring the alarm again")?;
-            judgement = round(args, scenarios, name, !args.seed, out)?;
+            judgement = round(args, &sides, scenarios, (name, !args.seed), out)?;
         }
         if judgement.timing_alarm() || judgement.exact_alarm() {
             alarms.push(name.as_str());
@@ -65,23 +112,23 @@ pub(super) fn ab(args: &AbArgs, scenarios: Option<&Path>, out: &mut dyn Write) -
     }
     if alarms.is_empty() {
         writeln!(out, "no alarm")?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(true);
     }
     writeln!(out, "ALARM: {}", alarms.join(", "))?;
-    Ok(ExitCode::FAILURE)
+    Ok(false)
 }
 
 /// One scenario once.
 fn round(
     args: &AbArgs,
+    [base, change]: &[PathBuf; 2],
     scenarios: Option<&Path>,
-    name: &str,
-    seed: u64,
+    (name, seed): (&str, u64),
     out: &mut dyn Write,
 ) -> Result<Judgement> {
     let plan = Plan { units: args.units, seed };
     let side = |executable: &Path| batch(executable, scenarios, name, args.forks);
-    let units = interleave(&plan, || side(&args.base), || side(&args.change), |_, _| ())?;
+    let units = interleave(&plan, || side(base), || side(change), |_, _| ())?;
     let metrics: Vec<&str> = args.metrics.iter().map(String::as_str).collect();
     let thresholds =
         Thresholds { p: args.p, absolute_us: args.absolute_us, relative: args.relative };

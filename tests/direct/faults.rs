@@ -1,0 +1,202 @@
+//! A fork that fails leaves its parent unharmed, and says which step failed and why.
+
+use anyhow::{Context, Result, ensure};
+use runtime::fork::{FAULT_KILL, Step};
+use runtime::owner::OwnerError;
+use runtime::proto::{InstanceConfig, Request};
+use rustix::process::{Pid, Signal};
+use tests::case::Case;
+use tests::program::{Forked, dirty, fork};
+use tests::rig::Rig;
+
+const EIO: u32 = 5;
+const ECHILD: u32 = 10;
+const ENOMEM: u32 = 12;
+
+/// Steps that run in a standby, where they can be made to die.
+const IN_STANDBY: [Step; 5] =
+    [Step::Prewarm, Step::ApplyPages, Step::RestoreState, Step::Identity, Step::Commit];
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for step in Step::ALL {
+        let name = step.name();
+        let errnos = if IN_STANDBY.contains(&step) {
+            &[EIO, ENOMEM, FAULT_KILL][..]
+        } else {
+            &[EIO, ENOMEM]
+        };
+        cases.push(Case::new(format!("faults::step_{name}_fails"), move || {
+            step_fails(step, errnos)
+        }));
+    }
+    cases.push(Case::new("faults::the_zygote_is_killed", zygote_killed));
+    cases.push(Case::new("faults::a_parked_standby_is_killed", standby_killed));
+    cases.push(Case::new("faults::a_fault_taken_back_does_nothing", taken_back));
+    cases
+}
+
+/// For each errno: from inside and from the host, with one child and with three.
+fn step_fails(step: Step, errnos: &[u32]) -> Result<()> {
+    let config = InstanceConfig { memory_mib: 16, ..<_>::default() };
+    if step == Step::Arm {
+        // Only a machine that is not armed yet can fail to be.
+        for errno in errnos {
+            for from_guest in [true, false] {
+                let rig = Rig::unarmed(config.clone())?;
+                let what = format!("{errno}, from the guest: {from_guest}");
+                fails(&rig, step, *errno, 1, from_guest).context(what)?;
+                works(&rig, 2)?;
+            }
+        }
+        return Ok(());
+    }
+    let rig = Rig::new(config)?;
+    works(&rig, 3)?;
+    ready(&rig, step, 1)?;
+    // Not the first census: the first fork is the last to map something for good.
+    let before = rig.census()?;
+    for errno in errnos {
+        for (children, from_guest) in [(1, true), (1, false), (3, true), (3, false)] {
+            let errno_name = if *errno == FAULT_KILL { "kill".into() } else { errno.to_string() };
+            let what = format!("{errno_name}, {children} children, from the guest: {from_guest}");
+            ready(&rig, step, children)?;
+            fails(&rig, step, *errno, children, from_guest).context(what.clone())?;
+            works(&rig, children).context(what.clone())?;
+            ready(&rig, step, 1)?;
+            rig.settles_at(before, &what)?;
+        }
+    }
+    Ok(())
+}
+
+/// With standbys ready for the fork, or, to fail at making one, without any.
+fn ready(rig: &Rig, step: Step, children: u32) -> Result<()> {
+    let count = if step == Step::Prewarm { 0 } else { children };
+    rig.standbys(count)?;
+    let settled = tests::census::eventually(tests::rig::PATIENCE, || {
+        rig.owner.stats(rig.root).is_ok_and(|stats| stats.standbys == count)
+    });
+    ensure!(settled, "there are not {count} standbys");
+    Ok(())
+}
+
+fn fails(rig: &Rig, step: Step, errno: u32, children: u32, from_guest: bool) -> Result<()> {
+    let mut memory = rig.memory();
+    rig.run(rig.root, &[tests::program::fill(tests::rig::SEED), dirty(50, 7, 7)])?;
+    memory.dirty(50, 7, 7);
+    let failed_before = rig.owner.stats(rig.root)?.failed;
+    rig.fault(Some(step), errno)?;
+    let (named, told) = if from_guest {
+        let results = rig.run(rig.root, &[fork(children.into(), 10)])?;
+        let forked = Forked::read(&results, 10)?;
+        ensure!(forked.status != 0, "the fork succeeded: {forked:?}");
+        ensure!(forked.registers && forked.role == 0 && forked.children == 0, "{forked:?}");
+        (forked.step().context("no step is named")?, forked.status)
+    } else {
+        let error = match rig.owner.branch(rig.root, children) {
+            Ok(made) => anyhow::bail!("the fork succeeded: {made:?}"),
+            Err(error) => error,
+        };
+        let (named, told) = error.fork_failure().with_context(|| format!("no step: {error}"))?;
+        ensure!(error.to_string().contains(named.name()), "the step is not in words: {error}");
+        (named, told.cast_unsigned())
+    };
+    let expected = if errno == FAULT_KILL { ECHILD } else { errno };
+    ensure!(named == step, "step {} is named instead of {}", named.name(), step.name());
+    ensure!(told == expected, "errno {told} is told instead of {expected}");
+    rig.fault(None, 0)?;
+    rig.compare(rig.root, &memory, "the parent of a fork that failed")?;
+    let alone = tests::census::eventually(tests::rig::PATIENCE, || rig.owner.alive().len() == 1);
+    ensure!(alone, "a child of a fork that failed is alive");
+    // A fork that did not come as far as taking standbys is none of the counter's.
+    if named > Step::Take {
+        let counted = tests::census::eventually(tests::rig::PATIENCE, || {
+            rig.owner.stats(rig.root).is_ok_and(|stats| stats.failed == failed_before + 1)
+        });
+        ensure!(counted, "the failure was not counted");
+    }
+    Ok(())
+}
+
+/// A fork that succeeds, and children with the right memory, which are killed.
+fn works(rig: &Rig, children: u32) -> Result<()> {
+    let mut memory = rig.memory();
+    rig.run(rig.root, &[tests::program::fill(tests::rig::SEED), dirty(50, 8, 8)])?;
+    memory.dirty(50, 8, 8);
+    let made = rig.branch(rig.root, children).context("the next fork")?;
+    ensure!(made.len() == children as usize);
+    for child in made {
+        rig.compare(child, &memory, "a child of the next fork")?;
+    }
+    rig.kill_children()
+}
+
+/// Its standbys go with it. A fork right then may fail, in words; the next one works, and so does
+/// every one behind it.
+fn zygote_killed() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    rig.owner.ask(rig.root, Request::KillZygote)?;
+    for round in 0..3 {
+        match rig.owner.branch(rig.root, 1) {
+            Ok(made) => {
+                for child in made {
+                    rig.compare(child, &rig.memory(), "a child behind the zygote's death")?;
+                    rig.kill(child)?;
+                }
+            }
+            Err(error @ OwnerError::Refused(_)) => {
+                ensure!(error.fork_failure().is_some(), "no step is named: {error}");
+                ensure!(round == 0, "fork {round} behind the zygote's death: {error}");
+            }
+            Err(error) => anyhow::bail!("no clear result: {error}"),
+        }
+        let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+        ensure!(forked.status == 0, "fork {round} from the guest: {forked:?}");
+        rig.kill_children()?;
+        rig.compare(rig.root, &rig.memory(), "the parent behind its zygote's death")?;
+    }
+    // Its standbys are made by the new one.
+    rig.standbys(2)
+}
+
+fn standby_killed() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, standbys: 2, ..<_>::default() })?;
+    works(&rig, 2)?;
+    rig.standbys(2)?;
+    let before = rig.census()?;
+    for round in 0..4 {
+        let zygote = rig.zygote()?;
+        let standbys = rig.processes();
+        let standbys = standbys.iter().filter(|it| it.parent == zygote && !it.zombie);
+        let pids: Vec<_> = standbys.filter_map(|it| Pid::from_raw(it.pid)).collect();
+        ensure!(pids.len() == 2, "{} standbys", pids.len());
+        // One of two, then both.
+        for pid in &pids[round % 2..] {
+            rustix::process::kill_process(*pid, Signal::KILL)?;
+        }
+        if round < 2 {
+            works(&rig, 2)?;
+        } else {
+            let forked = Forked::read(&rig.run(rig.root, &[fork(2, 10)])?, 10)?;
+            // It may have been taken before its end was noticed; the next one is not.
+            ensure!(forked.status == 0 || forked.step().is_some(), "{forked:?}");
+            rig.kill_children()?;
+            works(&rig, 2)?;
+        }
+        rig.standbys(2)?;
+        rig.settles_at(before, "after killing standbys")?;
+    }
+    Ok(())
+}
+
+/// Negative control for all of the above.
+fn taken_back() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    for step in Step::ALL {
+        rig.fault(Some(step), EIO)?;
+        rig.fault(None, 0)?;
+        works(&rig, 1)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! Who has nothing to do uses no processor, and nobody keeps one from the others.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use runtime::proto::InstanceConfig;
+use tests::case::Case;
+use tests::census;
+use tests::program::count;
+use tests::rig::Rig;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("idle::standbys_and_parked_machines_use_no_processor", parked),
+        Case::new("idle::children_that_never_exit_are_ordinary_threads_soon", ordinary),
+    ]
+}
+
+fn parked() -> Result<()> {
+    let config = InstanceConfig { memory_mib: 32, vcpus: 2, standbys: 2, ..<_>::default() };
+    let rig = Rig::new(config)?;
+    rig.branch(rig.root, 2)?;
+    rig.standbys(2)?;
+    std::thread::sleep(Duration::from_millis(200));
+    let ticks = || -> Vec<_> {
+        let all = rig.processes().into_iter().filter(|process| !process.zombie);
+        all.map(|process| (process.pid, census::cpu_ticks(process.pid))).collect()
+    };
+    let before = ticks();
+    // Root, two children, two standbys, and a zygote each.
+    ensure!(before.len() == 10, "{:?}", rig.processes());
+    std::thread::sleep(Duration::from_secs(1));
+    for ((pid, before), (_, after)) in before.into_iter().zip(ticks()) {
+        // Of 100 in a second; sync rounds of the root may cost one.
+        ensure!(after - before <= 3, "process {pid} used {} ticks", after - before);
+    }
+    Ok(())
+}
+
+/// A child runs ahead of everybody until it is there, and not until its guest happens to exit.
+fn ordinary() -> Result<()> {
+    for vcpus in [1, 2] {
+        let rig = Rig::new(InstanceConfig { memory_mib: 16, vcpus, ..<_>::default() })?;
+        for vcpu in 0..vcpus {
+            let place = rig.address(10 + u64::from(vcpu), 3);
+            rig.begin(rig.root, vcpu, &[count(rig.ticks(1500), place, 0)])?;
+        }
+        for child in rig.branch(rig.root, 1)? {
+            let pid = rig.pid(child)?;
+            let soon = census::eventually(Duration::from_millis(100), || {
+                census::realtime_threads(pid) == 0
+            });
+            ensure!(
+                soon,
+                "{vcpus} vCPUs: {} threads have real-time priority",
+                census::realtime_threads(pid)
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! Each machine sees its own history of every page, and nobody else's.
+
+use anyhow::{Result, ensure};
+use runtime::kvm::DirtyMode;
+use runtime::memory::BackingKind;
+use runtime::proto::InstanceConfig;
+use tests::case::Case;
+use tests::host;
+use tests::memory::Memory;
+use tests::program::{Forked, Side, check, dirty, dirty_row, fork, peek, poke};
+use tests::rig::Rig;
+
+/// Huge pages for an image of 64 MiB and the private copies of all machines of a test.
+pub const POOL: u64 = 512;
+
+pub fn cases() -> Vec<Case> {
+    let of = |backing, dirty| InstanceConfig { memory_mib: 64, backing, dirty, ..<_>::default() };
+    let small = move |dirty| of(BackingKind::Small, dirty);
+    vec![
+        Case::new("isolation::history_before_between_and_after_two_forks_4k_ring", move || {
+            history(small(DirtyMode::Ring))
+        }),
+        Case::new("isolation::history_before_between_and_after_two_forks_4k_bitmap", move || {
+            history(small(DirtyMode::Bitmap))
+        }),
+        Case::new("isolation::history_before_between_and_after_two_forks_thp", move || {
+            let _thp = host::shmem_thp()?;
+            history(of(BackingKind::Thp, DirtyMode::Ring))
+        })
+        .needs(host::without_thp()),
+        Case::new("isolation::history_before_between_and_after_two_forks_hugetlb", move || {
+            let _pool = host::huge_pages(POOL)?;
+            history(of(BackingKind::Hugetlb, DirtyMode::Ring))
+        })
+        .needs(host::without_huge_pages()),
+        Case::new("isolation::a_chain_six_deep_keeps_every_history", move || {
+            chain(small(DirtyMode::Ring))
+        }),
+        Case::new("isolation::a_word_written_by_one_is_seen_by_nobody_else", words),
+        Case::new("isolation::the_model_tells_a_single_wrong_word", control),
+    ]
+}
+
+/// A fork from inside, in which parent and children write right behind it; the UUIDs of the
+/// children, and what each side must hold now.
+pub fn fork_and_write(
+    rig: &Rig,
+    parent: uuid::Uuid,
+    memory: &mut Memory,
+    children: u64,
+    generation: u64,
+) -> Result<Vec<(uuid::Uuid, Memory)>> {
+    let before = dirty(50, generation, generation);
+    let of_parent = dirty(60, generation + 1, generation + 1).in_parent();
+    let of_child = dirty(60, generation + 2, generation + 2).in_child();
+    let program = [before, fork(children, 10), of_parent, of_child, check(0)];
+    let known = rig.owner.alive();
+    let seq = rig.begin(parent, 0, &program)?;
+    let results = rig.results(parent, 0, seq)?;
+    let forked = Forked::read(&results, 10)?;
+    ensure!(forked.status == 0, "the fork failed: {forked:?}");
+    memory.dirty(50, generation, generation);
+    let mut theirs = memory.clone();
+    theirs.dirty(60, generation + 2, generation + 2);
+    memory.dirty(60, generation + 1, generation + 1);
+    ensure!(results[0] == memory.sum(), "the parent's memory right after the fork");
+    let all = usize::try_from(children)?;
+    let made = rig.owner.wait_until("children", tests::rig::PATIENCE, |alive| {
+        let new = alive.iter().copied().filter(|uuid| !known.contains(uuid));
+        let new: Vec<_> = new.collect();
+        (new.len() == all).then_some(new)
+    })?;
+    for child in &made {
+        let results = rig.results(*child, 0, seq)?;
+        ensure!(results[0] == theirs.sum(), "a child's memory right after the fork");
+    }
+    Ok(made.into_iter().map(|child| (child, theirs.clone())).collect())
+}
+
+/// A page written before, between and after two forks holds each machine's own history.
+fn history(config: InstanceConfig) -> Result<()> {
+    let backing = config.backing;
+    let rig = Rig::new(config)?;
+    let notes = rig.owner.with(rig.root, |known| known.notes.clone())?;
+    ensure!(notes.is_empty(), "not on {backing:?}: {notes:?}");
+    let mut memory = rig.memory();
+    let mut machines = Vec::new();
+    rig.run(rig.root, &[dirty_row(40, 1, 100)])?;
+    memory.dirty_row(40, 1, 100);
+    machines.extend(fork_and_write(&rig, rig.root, &mut memory, 2, 10)?);
+    rig.run(rig.root, &[dirty_row(40, 2, 120)])?;
+    memory.dirty_row(40, 2, 120);
+    machines.extend(fork_and_write(&rig, rig.root, &mut memory, 2, 20)?);
+    rig.run(rig.root, &[dirty_row(40, 3, 130)])?;
+    memory.dirty_row(40, 3, 130);
+    for (number, (uuid, memory)) in (100_u64..).step_by(10).zip(&mut machines) {
+        rig.run(*uuid, &[dirty(30, number, number)])?;
+        memory.dirty(30, number, number);
+    }
+    for (uuid, memory) in &machines {
+        rig.compare(*uuid, memory, "a child")?;
+    }
+    rig.compare(rig.root, &memory, "the root")
+}
+
+/// Each child forks once more: from inside and from the host in turn.
+fn chain(config: InstanceConfig) -> Result<()> {
+    let rig = Rig::new(config)?;
+    let mut line = vec![(rig.root, rig.memory())];
+    for depth in 1..=6_u64 {
+        let mut grown = Vec::new();
+        if let Some((uuid, memory)) = line.last_mut() {
+            rig.run(*uuid, &[dirty(40, depth * 100, depth)])?;
+            memory.dirty(40, depth * 100, depth);
+            if depth % 2 == 0 {
+                for child in rig.branch(*uuid, 2)? {
+                    grown.push((child, memory.clone()));
+                }
+            } else {
+                grown = fork_and_write(&rig, *uuid, memory, 2, depth * 100 + 10)?;
+            }
+        }
+        line.extend(grown);
+    }
+    // Everybody writes once more, then everybody is compared.
+    for (number, (uuid, memory)) in (10_000_u64..).zip(&mut line) {
+        rig.run(*uuid, &[dirty(20, number, number)])?;
+        memory.dirty(20, number, number);
+    }
+    ensure!(line.len() == 13);
+    line.iter().try_for_each(|(uuid, memory)| rig.compare(*uuid, memory, "a link of the chain"))
+}
+
+fn words() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 32, ..<_>::default() })?;
+    // The second word lies in a page that nobody touched since it was filled.
+    let (hot, cold) = (rig.address(5, 7), rig.address(700, 9));
+    let filled = rig.run(rig.root, &[poke(hot, 1), peek(cold, 1)])?[1];
+    let children = rig.branch(rig.root, 3)?;
+    rig.run(rig.root, &[poke(hot, 2), poke(cold, 2)])?;
+    for (value, child) in (10_u64..).zip(&children) {
+        let seen = rig.run(*child, &[peek(hot, 0), peek(cold, 1)])?;
+        ensure!(seen[..2] == [1, filled], "child {value} sees {:?}", &seen[..2]);
+        rig.run(*child, &[poke(hot, value), poke(cold, value)])?;
+    }
+    for (value, child) in (10_u64..).zip(&children) {
+        let seen = rig.run(*child, &[peek(hot, 0), peek(cold, 1)])?;
+        ensure!(seen[..2] == [value, value], "child {value} sees {:?}", &seen[..2]);
+    }
+    let seen = rig.run(rig.root, &[peek(hot, 0), peek(cold, 1)])?;
+    ensure!(seen[..2] == [2, 2], "the parent sees {:?}", &seen[..2]);
+    Ok(())
+}
+
+/// Negative control: the comparison that all of these rest on sees one changed word.
+fn control() -> Result<()> {
+    let rig = Rig::unarmed(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    let memory = rig.memory();
+    rig.compare(rig.root, &memory, "filled")?;
+    rig.run(rig.root, &[poke(rig.address(9, 300), 1)])?;
+    ensure!(rig.compare(rig.root, &memory, "changed").is_err(), "a wrong word went unseen");
+    Ok(())
+}

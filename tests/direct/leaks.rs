@@ -1,0 +1,141 @@
+//! Forks and kills leave nothing behind, and do not become slower.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use runtime::proto::InstanceConfig;
+use tests::case::Case;
+use tests::host;
+use tests::program::{Forked, dirty, fork};
+use tests::rig::{PATIENCE, Rig};
+
+/// Forks after which everything that stays is there.
+const WARM: usize = 20;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        Case::new("leaks::forks_and_kills_leave_nothing", many_forks).alone(),
+        Case::new("leaks::many_live_children_leave_nothing", many_children).alone(),
+        Case::new("leaks::children_that_exit_leave_nothing", exits),
+        Case::new("leaks::a_dead_generation_leaves_nothing", generations),
+    ]
+}
+
+/// 200 forks, or 10,000 in a soak.
+fn many_forks() -> Result<()> {
+    let forks = if host::soak() { 10_000 } else { 200 };
+    let rig = Rig::with_limit(
+        InstanceConfig { memory_mib: 32, ..<_>::default() },
+        Duration::from_secs(if host::soak() { 1200 } else { 120 }),
+    )?;
+    let mut memory = rig.memory();
+    let mut times = Vec::new();
+    let mut warm = None;
+    for number in 1..=forks {
+        let generation = number as u64;
+        let seq = rig.begin(rig.root, 0, &[dirty(20, generation, generation), fork(1, 10)])?;
+        memory.dirty(20, generation, generation);
+        let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+        ensure!(forked.status == 0, "fork {number}: {forked:?}");
+        rig.results(forked.child, 0, seq)?;
+        let report = rig.owner.next_fork(rig.root, PATIENCE)?;
+        times.extend(report.branch_ns());
+        if number % 50 == 0 {
+            rig.compare(forked.child, &memory, "a child")?;
+        }
+        rig.kill(forked.child)?;
+        rig.standbys(1)?;
+        if number == WARM {
+            warm = Some(rig.census()?);
+        }
+    }
+    ensure!(times.len() == forks, "{} of {forks} forks were timed", times.len());
+    rig.compare(rig.root, &memory, "the root")?;
+    if let Some(warm) = warm {
+        rig.settles_at(warm, "after all forks")?;
+    }
+    // Only against each fork being slower than the one before; the bench judges the rest.
+    let tenth = forks / 10;
+    let first = median(&times[WARM..WARM + tenth]);
+    let last = median(&times[forks - tenth..]);
+    ensure!(last < first + first / 4 + 30_000, "p50 went from {first} to {last} ns");
+    Ok(())
+}
+
+fn median(times: &[u64]) -> u64 {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or(0)
+}
+
+/// 50 children at once, or 1,000 in a soak; then none.
+fn many_children() -> Result<()> {
+    let (memory_mib, rounds) = if host::soak() { (512, 20) } else { (32, 1) };
+    let rig = Rig::with_limit(
+        InstanceConfig { memory_mib, ..<_>::default() },
+        Duration::from_secs(if host::soak() { 600 } else { 120 }),
+    )?;
+    let memory = rig.memory();
+    rig.branch(rig.root, 2)?;
+    rig.kill_children()?;
+    rig.standbys(1)?;
+    let before = rig.census()?;
+    for _ in 0..rounds {
+        let made = rig.branch(rig.root, 50)?;
+        ensure!(made.len() == 50);
+        rig.compare(made[49], &memory, "the last child")?;
+    }
+    let alive = rig.owner.alive().len();
+    ensure!(alive == 50 * rounds + 1, "{alive} machines are alive");
+    let full = rig.census()?;
+    ensure!(full.processes >= 2 * alive, "{full:?}");
+    // All at once, as a crash of the owner would.
+    for uuid in rig.owner.alive().into_iter().filter(|uuid| *uuid != rig.root) {
+        rig.owner.kill(uuid)?;
+    }
+    rig.kill_children()?;
+    rig.standbys(1)?;
+    rig.settles_at(before, "after all children")?;
+    rig.compare(rig.root, &memory, "the root")
+}
+
+fn exits() -> Result<()> {
+    use tests::program::{Side, exit};
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    let mut warm = None;
+    for number in 0..30 {
+        let seq = rig.begin(rig.root, 0, &[fork(1, 10), exit(7).in_child()])?;
+        let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+        ensure!(forked.status == 0, "{forked:?}");
+        rig.owner.wait_for(forked.child, PATIENCE)?;
+        let end = rig.owner.wait_exit(forked.child, PATIENCE)?;
+        ensure!(end == (7, None), "{end:?}");
+        rig.owner.forget(forked.child);
+        rig.standbys(1)?;
+        if number == 10 {
+            warm = Some(rig.census()?);
+        }
+    }
+    warm.map_or(Ok(()), |warm| rig.settles_at(warm, "after exits"))
+}
+
+/// A child and its children; all are killed from the oldest to the youngest.
+fn generations() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    rig.branch(rig.root, 1)?;
+    rig.kill_children()?;
+    rig.standbys(1)?;
+    let before = rig.census()?;
+    for _ in 0..5 {
+        let mut line = rig.branch(rig.root, 1)?;
+        for depth in 0..4 {
+            line.extend(rig.branch(line[depth], 1)?);
+        }
+        for uuid in line {
+            rig.kill(uuid)?;
+        }
+        rig.standbys(1)?;
+        rig.settles_at(before, "after a dead line")?;
+    }
+    Ok(())
+}

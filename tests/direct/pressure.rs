@@ -1,0 +1,119 @@
+//! More dirty pages than rings and journal hold, and a parent that writes all the time.
+
+use anyhow::{Result, ensure};
+use runtime::kvm::DirtyMode;
+use runtime::proto::{InstanceConfig, Request};
+use tests::case::Case;
+use tests::program::{Forked, check, dirty, dirty_row, fork, rate};
+use tests::rig::Rig;
+
+pub fn cases() -> Vec<Case> {
+    let of = |dirty, ring_entries, sync| InstanceConfig {
+        memory_mib: 256,
+        dirty,
+        ring_entries,
+        sync,
+        ..<_>::default()
+    };
+    let writing = |dirty, ring_entries| InstanceConfig {
+        memory_mib: 64,
+        vcpus: 2,
+        dirty,
+        ring_entries,
+        ..<_>::default()
+    };
+    vec![
+        Case::new("isolation::forty_thousand_pages_between_forks_small_ring", move || {
+            many(of(DirtyMode::Ring, 1024, true))
+        }),
+        Case::new("isolation::forty_thousand_pages_between_forks_large_ring", move || {
+            many(of(DirtyMode::Ring, 16384, true))
+        }),
+        Case::new("isolation::forty_thousand_pages_between_forks_without_sync", move || {
+            many(of(DirtyMode::Ring, 1024, false))
+        }),
+        Case::new("isolation::forty_thousand_pages_between_forks_bitmap", move || {
+            many(of(DirtyMode::Bitmap, 1024, true))
+        }),
+        Case::new("isolation::the_parent_writes_all_the_time_ring", move || {
+            busy(writing(DirtyMode::Ring, 16384), 20_000)
+        }),
+        Case::new("isolation::the_parent_writes_all_the_time_small_ring", move || {
+            busy(writing(DirtyMode::Ring, 1024), 20_000)
+        }),
+        Case::new("isolation::the_parent_writes_all_the_time_bitmap", move || {
+            busy(writing(DirtyMode::Bitmap, 1024), 20_000)
+        }),
+        Case::new("isolation::the_parent_writes_as_fast_as_it_can_small_ring", move || {
+            busy(writing(DirtyMode::Ring, 1024), 10_000_000)
+        }),
+    ]
+}
+
+/// Nearly every page of the image is dirty at the fork, twice, by the guest and by the host.
+fn many(config: InstanceConfig) -> Result<()> {
+    const PAGES: u64 = 40_000;
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    for round in 1..=2_u64 {
+        let first = round * 10_000;
+        let program = [dirty_row(PAGES, round, first), fork(1, 10), check(0)];
+        let seq = rig.begin(rig.root, 0, &program)?;
+        memory.dirty_row(PAGES, round, first);
+        let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+        ensure!(forked.status == 0, "round {round}: {forked:?}");
+        let results = rig.results(forked.child, 0, seq)?;
+        ensure!(results[0] == memory.sum(), "round {round}: the child's memory");
+        // In a child, too: its rings are smaller still, and it has no standby.
+        rig.run(forked.child, &[dirty_row(PAGES, 100 + round, 0)])?;
+        let mut theirs = memory.clone();
+        theirs.dirty_row(PAGES, 100 + round, 0);
+        for grandchild in rig.branch(forked.child, 1)? {
+            rig.compare(grandchild, &theirs, "the grandchild")?;
+        }
+        rig.compare(forked.child, &theirs, "the child")?;
+        rig.compare(rig.root, &memory, "the root")?;
+        rig.kill_children()?;
+    }
+    Ok(())
+}
+
+/// The second vCPU writes while the first forks. Where the writer was at the fork, its results tell
+/// in each machine: it goes on there from the same moment.
+fn busy(config: InstanceConfig, per_second: u64) -> Result<()> {
+    const FORKS: u64 = 12;
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    for round in 1..=FORKS {
+        let (generation, seed) = (round * 10, round);
+        let writing = rate(rig.ticks(100), generation, seed, per_second, 0);
+        let writer = rig.begin(rig.root, 1, &[writing])?;
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let children = if round % 2 == 0 {
+            rig.branch(rig.root, 1)?
+        } else {
+            let results = rig.run(rig.root, &[fork(1, 10)])?;
+            let forked = Forked::read(&results, 10)?;
+            ensure!(forked.status == 0, "round {round}: {forked:?}");
+            vec![forked.child]
+        };
+        for child in &children {
+            let wrote = rig.results(*child, 1, writer)?[0];
+            let mut theirs = memory.clone();
+            theirs.dirty(wrote, generation, seed);
+            rig.compare(*child, &theirs, "a child whose writer went on")?;
+            rig.kill(*child)?;
+        }
+        let wrote = rig.results(rig.root, 1, writer)?[0];
+        ensure!(wrote > 0, "the writer did not write");
+        memory.dirty(wrote, generation, seed);
+        rig.compare(rig.root, &memory, "the root")?;
+    }
+    rig.owner.ask(rig.root, Request::Sync { on: false })?;
+    rig.run(rig.root, &[dirty(100, 9999, 9)])?;
+    memory.dirty(100, 9999, 9);
+    for child in rig.branch(rig.root, 1)? {
+        rig.compare(child, &memory, "a child of a machine that is not synced any more")?;
+    }
+    Ok(())
+}
