@@ -23,9 +23,9 @@ const LEFT: f64 = 78.0;
 const RIGHT: f64 = WIDTH - 30.0;
 
 /// Colours that stay apart for colour-blind eyes and in print (after M. Okabe and K. Ito).
-const COLOURS: [&str; 10] = [
+const COLOURS: [&str; 11] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31",
-    "#6b7785", "#b2bf3f",
+    "#6b7785", "#b2bf3f", "#8fd0c3",
 ];
 
 fn colour(index: usize) -> &'static str {

@@ -19,6 +19,8 @@ pub struct ScenarioRun {
     /// Names of the stage metrics (`stage_…_us`) in the order of the fork path. The order in which
     /// the recorder saw them, if empty.
     pub stages: Vec<String>,
+    /// Those of `stages` that happen in the child, at the same time as the others in the parent.
+    pub child_stages: Vec<String>,
     /// Sum of the primitives that no fork of this scenario can avoid, in µs.
     pub floor_us: Option<f64>,
     /// Its terms in µs, by name.

@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use runtime::proto::InstanceConfig;
 use tests::case::Case;
 use tests::census;
-use tests::program::count;
-use tests::rig::Rig;
+use tests::program::{Forked, count, fork};
+use tests::rig::{PATIENCE, Rig};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -39,22 +39,24 @@ fn parked() -> Result<()> {
 
 /// A child runs ahead of everybody until it is there, and not until its guest happens to exit.
 fn ordinary() -> Result<()> {
-    for vcpus in [1, 2] {
+    for (vcpus, from_guest) in [(1, false), (2, false), (2, true)] {
         let rig = Rig::new(InstanceConfig { memory_mib: 16, vcpus, ..<_>::default() })?;
-        for vcpu in 0..vcpus {
+        for vcpu in u32::from(from_guest)..vcpus {
             let place = rig.address(10 + u64::from(vcpu), 3);
             rig.begin(rig.root, vcpu, &[count(rig.ticks(1500), place, 0)])?;
         }
-        for child in rig.branch(rig.root, 1)? {
+        let children = if from_guest {
+            vec![Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?.child]
+        } else {
+            rig.branch(rig.root, 1)?
+        };
+        for child in children {
+            rig.owner.wait_for(child, PATIENCE)?;
             let pid = rig.pid(child)?;
-            let soon = census::eventually(Duration::from_millis(100), || {
-                census::realtime_threads(pid) == 0
-            });
-            ensure!(
-                soon,
-                "{vcpus} vCPUs: {} threads have real-time priority",
-                census::realtime_threads(pid)
-            );
+            let realtime = || census::realtime_threads(pid);
+            let soon = census::eventually(Duration::from_millis(100), || realtime() == 0);
+            let what = format!("{vcpus} vCPUs, from the guest: {from_guest}");
+            ensure!(soon, "{what}: {} threads have real-time priority", realtime());
         }
     }
     Ok(())

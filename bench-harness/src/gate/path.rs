@@ -20,11 +20,13 @@ use super::heap;
 use super::trace::Call;
 
 /// Names of the calls that depend on timing: waits with a time limit (a standby that was faster than
-/// the parent and spun in vain), wakes of such a sleeper, and locks that were found taken.
-pub const TIMING: [&str; 3] = [LIMITED, SLEEPER, LOCK];
+/// the parent and spun in vain), wakes of such a sleeper, locks that were found taken, and, in
+/// children, entries into KVM that return at once (a standby keeps it warm while it waits).
+pub const TIMING: [&str; 4] = [LIMITED, SLEEPER, LOCK, AT_ONCE];
 const LIMITED: &str = "futex wait with time limit";
 const SLEEPER: &str = "futex wake of a sleeper";
 const LOCK: &str = "futex of a lock";
+const AT_ONCE: &str = "ioctl KVM_RUN, at once";
 
 /// Calls by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Threads<'a> {
     calls: BTreeMap<i32, Vec<&'a Call>>,
     /// Threads of a process besides its first.
     started: BTreeMap<i32, Vec<i32>>,
+    /// Words that threads slept on for a limited time.
+    slept_on: BTreeMap<&'a str, BTreeSet<i32>>,
 }
 
 /// Half-open range of lines.
@@ -80,7 +84,11 @@ impl<'a> Threads<'a> {
     pub fn new(calls: &'a [Call]) -> Self {
         let mut by_thread: BTreeMap<i32, Vec<&Call>> = BTreeMap::new();
         let mut started: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
+        let mut slept_on: BTreeMap<&str, BTreeSet<i32>> = BTreeMap::new();
         for call in calls {
+            if call.futex_wait() == Some(false) {
+                slept_on.entry(call.arg(0)).or_default().insert(call.tid);
+            }
             by_thread.entry(call.tid).or_default().push(call);
             if call.name.starts_with("clone")
                 && call.args.contains("CLONE_THREAD")
@@ -89,7 +97,7 @@ impl<'a> Threads<'a> {
                 started.entry(call.tid).or_default().push(tid);
             }
         }
-        Self { calls: by_thread, started }
+        Self { calls: by_thread, started, slept_on }
     }
 
     fn of(&self, tid: i32) -> impl DoubleEndedIterator<Item = &'a Call> + '_ {
@@ -125,11 +133,18 @@ impl<'a> Threads<'a> {
             .find(|call| call.begin > first_wake && call.is_guest_run())
             .ok_or(PathError::NoEnd { tid: parent })?
             .begin;
-        let slept = self.slept_on(&spans);
         let mut path = Path::default();
-        path.parent.add(self.within(parent, (begin, end)), &slept);
+        for call in self.within(parent, (begin, end)) {
+            // Whether somebody sleeps is asked before the wake: it may be for one who just woke up.
+            let sleepers = self.slept_on.get(call.arg(0)).into_iter().flatten();
+            let asked = call.is_futex_wake() && sleepers.into_iter().any(|tid| *tid != parent);
+            path.parent.add(call, if asked { Some(SLEEPER) } else { None });
+        }
         for (tid, span) in spans {
-            path.children.add(self.within(tid, span), &BTreeSet::new());
+            for call in self.within(tid, span) {
+                let at_once = call.is_ioctl("KVM_RUN") && !call.is_guest_run();
+                path.children.add(call, at_once.then_some(AT_ONCE));
+            }
         }
         Ok(path)
     }
@@ -157,31 +172,24 @@ impl<'a> Threads<'a> {
     fn within(&self, tid: i32, (begin, end): Span) -> impl Iterator<Item = &'a Call> + '_ {
         self.of(tid).filter(move |call| call.begin > begin && call.begin < end)
     }
-
-    /// Words on which children slept for a limited time in this fork.
-    fn slept_on(&self, spans: &[(i32, Span)]) -> BTreeSet<&'a str> {
-        let calls = spans.iter().flat_map(|(tid, span)| self.within(*tid, *span));
-        calls.filter(|call| call.futex_wait() == Some(false)).map(|call| call.arg(0)).collect()
-    }
 }
 
 impl Counts {
-    fn add<'a>(&mut self, calls: impl Iterator<Item = &'a Call>, slept: &BTreeSet<&str>) {
-        let mark = format!("{:#x}", heap::MARK);
-        for call in calls {
-            let (exact, name) = match (call.name.as_str(), call.futex_wait()) {
-                ("ioctl", _) => (true, format!("ioctl {}", call.arg(1))),
-                ("madvise", _) if call.arg(0) == mark => (true, "heap allocation".into()),
-                (_, Some(true)) => (true, "futex wait".into()),
-                (_, Some(false)) => (false, LIMITED.into()),
-                ("futex", None) if !call.is_futex_wake() => (false, LOCK.into()),
-                ("futex", None) if slept.contains(call.arg(0)) => (false, SLEEPER.into()),
-                ("futex", None) => (true, "futex wake".into()),
-                (name, _) => (true, name.into()),
-            };
-            let counts = if exact { &mut self.exact } else { &mut self.timing };
-            *counts.entry(name).or_default() += 1;
-        }
+    /// Counts a call, under the name `timing` if it depends on that.
+    fn add(&mut self, call: &Call, timing: Option<&str>) {
+        let marks = || call.arg(0) == format!("{:#x}", heap::MARK);
+        let (exact, name) = match (call.name.as_str(), call.futex_wait()) {
+            _ if timing.is_some() => (false, timing.unwrap_or_default().to_owned()),
+            ("ioctl", _) => (true, format!("ioctl {}", call.arg(1))),
+            ("madvise", _) if marks() => (true, "heap allocation".to_owned()),
+            (_, Some(true)) => (true, "futex wait".to_owned()),
+            (_, Some(false)) => (false, LIMITED.to_owned()),
+            ("futex", None) if call.is_futex_wake() => (true, "futex wake".to_owned()),
+            ("futex", None) => (false, LOCK.to_owned()),
+            (name, _) => (true, name.to_owned()),
+        };
+        let counts = if exact { &mut self.exact } else { &mut self.timing };
+        *counts.entry(name).or_default() += 1;
     }
 }
 

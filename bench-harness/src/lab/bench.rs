@@ -100,7 +100,7 @@ impl<'a> Bench<'a> {
         rig.ready(guest.uuid, scenario.children_per_fork)?;
         let mut run =
             ScenarioRun { page_bytes: Some(page_bytes(backing)), ..ScenarioRun::default() };
-        run.stages = super::sample::STAGES.map(str::to_owned).to_vec();
+        [run.stages, run.child_stages] = super::sample::stages();
         run.notes.extend(rig.notes(guest.uuid));
         let seed = if spoil { SEED + 1 } else { SEED };
         let model = Model::new(seed, guest.work_pages, unknown);

@@ -5,7 +5,7 @@ use runtime::fork::{ChildReport, ForkReport};
 use crate::record::Sample;
 
 /// Stages of the parent, then those of the child, each in the order of the path.
-pub(super) const STAGES: [&str; 11] = [
+const STAGES: [&str; 11] = [
     "stage_take_wake_us",
     "stage_quiesce_us",
     "stage_settle_us",
@@ -18,6 +18,14 @@ pub(super) const STAGES: [&str; 11] = [
     "stage_commit_us",
     "stage_run_us",
 ];
+
+/// How many of them are the parent's.
+const OF_PARENT: usize = 6;
+
+/// Names of all stages, and of those in the child.
+pub(super) fn stages() -> [Vec<String>; 2] {
+    [&STAGES[..], &STAGES[OF_PARENT..]].map(|names| names.iter().map(ToString::to_string).collect())
+}
 
 /// Nanoseconds in µs.
 #[expect(clippy::cast_precision_loss, reason = "2^53 ns are 104 days")]
@@ -105,8 +113,8 @@ mod tests {
         let mut recorder = Recorder::new();
         recorder.record(sample(&report()));
         let sum = |stages: &[&str]| stages.iter().map(|s| recorder.samples(s)[0]).sum::<f64>();
-        assert!((sum(&STAGES[..6]) - recorder.samples("pause_us")[0]).abs() < 1e-9);
-        assert!((sum(&STAGES[6..]) - recorder.samples("branch_us")[0]).abs() < 1e-9);
+        assert!((sum(&STAGES[..OF_PARENT]) - recorder.samples("pause_us")[0]).abs() < 1e-9);
+        assert!((sum(&STAGES[OF_PARENT..]) - recorder.samples("branch_us")[0]).abs() < 1e-9);
         assert!((recorder.samples("branch_us")[0] - 90.0).abs() < 1e-9);
     }
 

@@ -20,7 +20,7 @@ fn rows() -> Vec<StageRow> {
     };
     let row = |label: &str, scale: f64, branch_us| StageRow {
         label: label.to_owned(),
-        stages: stages(scale),
+        bars: vec![stages(scale)],
         branch_us: Some(branch_us),
     };
     vec![

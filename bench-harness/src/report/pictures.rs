@@ -55,16 +55,15 @@ const STAGE_SPAN: f64 = 6.0;
 fn stage_pictures(run: &RunSummary) -> Vec<(String, String)> {
     let row = |summary: &ScenarioSummary| StageRow {
         label: summary.scenario.name.clone(),
-        stages: summary.stage_p50s(),
+        bars: summary.stage_p50s(),
         branch_us: summary.branch().map(|branch| branch.p50.0),
     };
     let with_stages = run.scenarios.iter().filter(|summary| !summary.stages.is_empty());
     let mut rows: Vec<StageRow> = with_stages.map(row).collect();
-    let length = |row: &StageRow| row.stages.iter().map(|(_, us)| us).sum::<f64>();
     let mut pictures = Vec::new();
     while !rows.is_empty() {
-        let shortest = rows.iter().map(length).fold(f64::INFINITY, f64::min);
-        let fits = |row: &StageRow| length(row) <= shortest * STAGE_SPAN;
+        let shortest = rows.iter().map(StageRow::longest_us).fold(f64::INFINITY, f64::min);
+        let fits = |row: &StageRow| row.longest_us() <= shortest * STAGE_SPAN;
         let (now, later): (Vec<_>, Vec<_>) = rows.into_iter().partition(fits);
         if now.is_empty() {
             break; // Infinite lengths only: nothing to draw.
@@ -74,7 +73,10 @@ fn stage_pictures(run: &RunSummary) -> Vec<(String, String)> {
             0 => "stages".to_owned(),
             index => format!("stages-{}", index + 1),
         };
-        let about = format!("p50 of each stage; the mark is the p50 of branch; {}", host(run));
+        let about = format!(
+            "p50 of each stage: parent above, child below; the mark is branch; {}",
+            host(run)
+        );
         pictures.push((name, stage_stack("Where the time of a fork goes", &about, &now)));
     }
     pictures

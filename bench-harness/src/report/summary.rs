@@ -61,6 +61,9 @@ pub struct ScenarioSummary {
     pub metrics: BTreeMap<String, Summary>,
     /// Names of the stage metrics in the order of the fork path.
     pub stages: Vec<String>,
+    /// Those of them that happen in the child, while the others happen in the parent.
+    #[serde(default)]
+    pub child_stages: Vec<String>,
     /// The stage that makes the slowest 2 % of the forks slow, or `outside the stages`.
     pub tail_stage: Option<String>,
     /// `branch_us` by depth or by number of live children, where the scenario has them.
@@ -109,6 +112,7 @@ impl ScenarioSummary {
             metrics: recorder.metrics().filter_map(summary).collect(),
             tail_stage: tail_stage(recorder, &stages),
             stages,
+            child_stages: run.child_stages.clone(),
             sizes: sizes(recorder),
             drift_ratio: drift(recorder),
             floor_us: run.floor_us,
@@ -137,11 +141,19 @@ impl ScenarioSummary {
         Some(self.branch()?.p50.0 / floor)
     }
 
-    /// p50 in µs of each stage, in the order of the path; names without `stage_` and `_us`.
+    /// p50 in µs of each stage, in the order of the path; names without `stage_` and `_us`. Stages
+    /// of the parent, then those of the child, if they are told apart.
     #[must_use]
-    pub fn stage_p50s(&self) -> Vec<(String, f64)> {
+    pub fn stage_p50s(&self) -> Vec<Vec<(String, f64)>> {
         let stage = |name: &String| Some((stage_word(name), self.metrics.get(name)?.p50.0));
-        self.stages.iter().filter_map(stage).collect()
+        let of = |in_child: bool| -> Vec<_> {
+            let stages = self.stages.iter();
+            stages
+                .filter(|it| self.child_stages.contains(it) == in_child)
+                .filter_map(stage)
+                .collect()
+        };
+        [of(false), of(true)].into_iter().filter(|bar| !bar.is_empty()).collect()
     }
 }
 

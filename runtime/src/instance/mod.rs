@@ -82,8 +82,7 @@ pub struct Instance {
     zygote: Mutex<Option<Zygote>>,
     zygote_pid: AtomicI32,
     answer: Mutex<Answer>,
-    /// Sequence number of the program that each vCPU was last given.
-    programs: Vec<AtomicU64>,
+    vcpus: usize,
     outbox: Mutex<VecDeque<Event>>,
     console_lost: AtomicU64,
     /// This process is an instance of its own right, not a standby.
@@ -108,7 +107,7 @@ impl Instance {
             0 => sys::affinity(),
             mask => mask,
         };
-        let programs = birth.kicks.iter().map(|_| AtomicU64::new(0)).collect();
+        let vcpus = birth.kicks.len();
         Ok(Arc::new(Self {
             ram,
             gate: Gate::new(birth.kicks.into_iter()),
@@ -125,7 +124,7 @@ impl Instance {
             zygote: Mutex::new(Some(birth.zygote)),
             image: Mutex::new(None),
             answer: Mutex::default(),
-            programs,
+            vcpus,
             outbox: Mutex::default(),
             console_lost: AtomicU64::new(0),
             alive: AtomicBool::new(false),
@@ -186,7 +185,7 @@ impl Instance {
     /// Number of vCPUs.
     #[must_use]
     pub fn vcpus(&self) -> usize {
-        self.programs.len()
+        self.vcpus
     }
 
     /// The engine. Held for short steps only: a fork waits for it.

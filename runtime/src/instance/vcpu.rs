@@ -104,7 +104,7 @@ impl Instance {
             Action::Announce { window_us } => self.announce(window_us),
             Action::Park { seen } => {
                 // The guest sees the lower half of the sequence number.
-                let newer = || low(self.programs[index].load(Ordering::Acquire)) != seen;
+                let newer = || low(self.program_seq(index)) != seen;
                 if !newer() && self.save(vcpu) {
                     self.gate.block(index, None, newer);
                 }
@@ -287,15 +287,23 @@ impl Instance {
         self.post(Event::Done { vcpu, seq: seq.into(), results: words });
     }
 
+    /// Sequence number of the last program of a vCPU. It lives in guest memory alone, so a child goes
+    /// on where its parent was.
+    fn program_seq(&self, index: usize) -> u64 {
+        let page = guest_abi::entry::param_page(index as u64);
+        let offset = std::mem::offset_of!(Header, seq) as u64;
+        self.ram.read_obj(GuestAddress(page + offset)).unwrap_or(0)
+    }
+
     /// Gives a program to a vCPU of a bare guest. Returns its sequence number.
     pub(super) fn give_program(
         &self,
         vcpu: u32,
         steps: &[crate::proto::WireStep],
     ) -> Result<u64, String> {
-        let Some(seq) = self.programs.get(vcpu as usize) else {
+        if vcpu as usize >= self.vcpus {
             return Err(format!("there is no vCPU {vcpu}"));
-        };
+        }
         if steps.len() > super::MAX_STEPS {
             return Err(format!("a program has at most {} steps", super::MAX_STEPS));
         }
@@ -308,7 +316,7 @@ impl Instance {
             }
             Ok(())
         };
-        let next = seq.load(Ordering::Acquire) + 1;
+        let next = self.program_seq(vcpu as usize).wrapping_add(1);
         write(std::mem::offset_of!(ParamPage, results), &[0; guest_abi::param::RESULTS])?;
         let blank = crate::proto::WireStep::default();
         for index in 0..super::MAX_STEPS {
@@ -321,7 +329,6 @@ impl Instance {
             write(offset, &[head, a, b, c, d])?;
         }
         write(std::mem::offset_of!(Header, seq), &[next])?;
-        seq.store(next, Ordering::Release);
         self.gate.unblock(vcpu as usize);
         Ok(next)
     }
