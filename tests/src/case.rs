@@ -26,6 +26,12 @@ impl Case {
         Self { name: name.into(), body: Box::new(body), missing: None, alone: false }
     }
 
+    /// What it is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// It runs while no other test does.
     #[must_use]
     pub fn alone(self) -> Self {

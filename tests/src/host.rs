@@ -83,7 +83,11 @@ pub fn shmem_thp() -> Result<Setting> {
 #[must_use]
 pub fn without_huge_pages() -> Option<String> {
     let path = format!("{POOL}/nr_hugepages");
-    (!writable(&path)).then(|| format!("{path} cannot be written"))
+    if !writable(&path) {
+        return Some(format!("{path} cannot be written"));
+    }
+    let (all, free) = (pool("nr_hugepages"), pool("free_hugepages"));
+    (all != free).then(|| format!("somebody uses the pool: {free} of {all} huge pages are free"))
 }
 
 /// A pool of exactly `pages` huge pages.

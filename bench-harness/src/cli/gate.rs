@@ -100,8 +100,7 @@ fn counts(
 ) -> Result<bool> {
     let mut good = true;
     for workload in &workload::ALL {
-        let variant = Variant::default();
-        let seen = count(workload, &variant)?;
+        let seen = count(workload, &Variant::default())?;
         for line in stragglers(&seen) {
             writeln!(out, "{} straggler: {line}", workload.name)?;
         }
@@ -111,7 +110,7 @@ fn counts(
             writeln!(out, "{line}")?;
         }
         let verdict = if lines.is_empty() { "counts agree" } else { "counts do NOT agree" };
-        writeln!(out, "{}: {verdict} ({} forks)", workload.name, variant.forks)?;
+        writeln!(out, "{}: {verdict} ({} forks)", workload.name, seen.forks)?;
         out.flush()?;
     }
     Ok(good)

@@ -119,8 +119,9 @@ impl<'a> Threads<'a> {
             let awake = sleep.end.unwrap_or(sleep.begin);
             spans.push((*child, (awake, self.first_run(*child, awake)?)));
             for tid in self.started.get(child).into_iter().flatten() {
-                // Of the other threads those of vCPUs.
-                if self.of(*tid).any(|call| call.is_ioctl("KVM_RUN")) {
+                // Of the other threads those of vCPUs. Of a killed thread strace may tell a call that
+                // another one made, without an end.
+                if self.of(*tid).any(|call| call.is_ioctl("KVM_RUN") && call.end.is_some()) {
                     spans.push((*tid, (wake.begin, self.first_run(*tid, wake.begin)?)));
                 }
             }
@@ -201,6 +202,7 @@ mod tests {
     /// Process 10 forks 20, whose second vCPU is thread 22.
     const TRACE: &str = "\
 20 clone3({flags=CLONE_VM|CLONE_THREAD, stack=0x1}, 88) = 22
+20 clone3({flags=CLONE_VM|CLONE_THREAD, stack=0x2}, 88) = 23
 22 ioctl(13, KVM_RUN, 0) = 0
 22 futex(0x900, FUTEX_WAIT, 0, NULL <unfinished ...>
 20 ioctl(12, KVM_RUN, 0) = 0
@@ -229,6 +231,8 @@ mod tests {
 10 <... ioctl resumed>, 0) = 0
 22 ioctl(13, KVM_SET_MSRS, 0x1) = 2
 22 ioctl(13, KVM_RUN, 0) = 0
+23 ioctl(13, KVM_RUN <unfinished ...>
+23 +++ killed by SIGKILL +++
 ";
 
     #[test]
@@ -255,8 +259,8 @@ mod tests {
         let calls = parse(TRACE);
         let threads = Threads::new(&calls);
         assert_eq!(threads.fork(10, &[22]), Err(PathError::NoWake { parent: 10, child: 22 }));
-        let cut: String = TRACE.lines().take(25).map(|line| format!("{line}\n")).collect();
-        let calls = parse(&cut);
+        let cut: Vec<&str> = TRACE.lines().take(26).collect();
+        let calls = parse(&cut.join("\n"));
         assert_eq!(Threads::new(&calls).fork(10, &[20]), Err(PathError::NoEnd { tid: 22 }));
     }
 }

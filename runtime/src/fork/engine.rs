@@ -151,6 +151,7 @@ impl Engine {
             None => false,
         };
         self.wants_round = self.capture.is_some() && !fits;
+        self.drop_dead(link, children);
         if !fits || self.ready.len() < children {
             self.wanted = children;
             return Ok(false);
@@ -166,6 +167,17 @@ impl Engine {
         let live = Vec::with_capacity(children);
         self.flights.push(Flight { handles, doorbell_ns, live, report, decided: false });
         Ok(true)
+    }
+
+    /// Drops standbys that died while they were parked, among those that the next fork would take.
+    fn drop_dead(&mut self, link: &Link, children: usize) {
+        let first = self.ready.len().saturating_sub(children);
+        for index in (first..self.ready.len()).rev() {
+            if hung_up(&self.ready[index].line) {
+                let dead = self.ready.swap_remove(index);
+                link.slot(dead.slot).word.store(word::EMPTY, Ordering::Release);
+            }
+        }
     }
 
     /// Sets up the fork block for the standbys that were taken.

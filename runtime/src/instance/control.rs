@@ -56,6 +56,8 @@ impl Instance {
 
 fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>) {
     let old_link = cradle.map(|cradle| wait_for_life(instance, cradle));
+    // A vCPU that never leaves the guest by itself would keep the priority of a standby.
+    instance.gate().nudge();
     let owner = match owner {
         Some(owner) => Ok(owner),
         None => connect(&instance.config().owner),

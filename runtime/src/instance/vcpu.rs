@@ -12,6 +12,7 @@ use super::Instance;
 use crate::device::Answer;
 use crate::fork::{ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
+use crate::memory::BackingKind;
 use crate::proto::Event;
 use crate::sys::now_ns;
 
@@ -148,7 +149,19 @@ impl Instance {
             Ok(Some(other)) => {
                 Action::Exit { code: 125, reason: Some(format!("unexpected exit {other:?}")) }
             }
-            Err(error) => Action::Exit { code: 125, reason: Some(chain(&error)) },
+            Err(error) => {
+                // A hugetlb page that could not be had: KVM reports what a process would feel as
+                // SIGBUS.
+                let huge = self.mapping.kind() == BackingKind::Hugetlb;
+                let reason = if huge && error.errno() == libc::EFAULT {
+                    "the huge page pool is exhausted; raise /proc/sys/vm/nr_hugepages or choose \
+                     another backing"
+                        .into()
+                } else {
+                    chain(&error)
+                };
+                Action::Exit { code: 125, reason: Some(reason) }
+            }
         }
     }
 
