@@ -42,8 +42,12 @@ pub struct Setting {
 }
 
 impl Setting {
-    fn change(path: &str, before: String, value: &str) -> Result<Self> {
+    /// `chosen` picks what is set now from what the file says. It is read under the lock: before,
+    /// it may be what another test has set for its own time.
+    fn change(path: &str, chosen: impl Fn(&str) -> Option<&str>, value: &str) -> Result<Self> {
         let settings = SETTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = fs::read_to_string(path)?;
+        let before = chosen(&text).with_context(|| format!("{path} says {text}"))?.to_owned();
         fs::write(path, value).with_context(|| format!("writing {value} to {path}"))?;
         Ok(Self { path: path.into(), before, _settings: settings })
     }
@@ -55,6 +59,11 @@ impl Drop for Setting {
             eprintln!("{} could not be put back to {}: {error}", self.path.display(), self.before);
         }
     }
+}
+
+/// The mode in brackets among those that a file of the kernel offers.
+fn bracketed(text: &str) -> Option<&str> {
+    Some(text.split_once('[')?.1.split_once(']')?.0)
 }
 
 fn writable(path: &str) -> bool {
@@ -73,10 +82,7 @@ pub fn without_thp() -> Option<String> {
 ///
 /// If the setting cannot be changed.
 pub fn shmem_thp() -> Result<Setting> {
-    let text = fs::read_to_string(SHMEM_THP)?;
-    let before = text.split_once('[').and_then(|(_, tail)| tail.split_once(']'));
-    let before = before.context("no mode is chosen")?.0.to_owned();
-    Setting::change(SHMEM_THP, before, "advise")
+    Setting::change(SHMEM_THP, bracketed, "advise")
 }
 
 /// Why huge pages cannot be reserved, if they cannot.
@@ -97,8 +103,7 @@ pub fn without_huge_pages() -> Option<String> {
 /// If the setting cannot be changed, or memory is too fragmented for so many.
 pub fn huge_pages(pages: u64) -> Result<Setting> {
     let path = format!("{POOL}/nr_hugepages");
-    let before = fs::read_to_string(&path)?.trim().to_owned();
-    let setting = Setting::change(&path, before, &pages.to_string())?;
+    let setting = Setting::change(&path, |text| Some(text.trim()), &pages.to_string())?;
     // Those of a test before this one may still be on their way back.
     let free = || pool("free_hugepages") == pages && pool("resv_hugepages") == 0;
     let settled = census::eventually(Duration::from_secs(5), || {
