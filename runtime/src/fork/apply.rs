@@ -76,6 +76,13 @@ pub struct Applied {
     pub private: u32,
 }
 
+impl std::ops::AddAssign for Applied {
+    fn add_assign(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.private += other.private;
+    }
+}
+
 /// Writes journal entries to the mapping of a zygote: plainly, because it is forked again and again
 /// and nothing stays private in it.
 ///

@@ -22,6 +22,9 @@ use super::step::ForkCause;
 use crate::kvm::{DirtyLog, Machine};
 use crate::memory::{DeviceDirty, GuestRam, Mapping, PAGE};
 
+/// Pages after which a fork shows its children what it has captured so far.
+const PUBLISH: u32 = 16;
+
 /// The dirty pages of an instance, and the writing end of its journal.
 #[derive(Debug)]
 pub struct Capture {
@@ -129,7 +132,8 @@ impl Capture {
         Ok(())
     }
 
-    /// Copies every open and stale page to the journal. All vCPUs are stopped.
+    /// Copies every open and stale page to the journal, whose end it publishes now and then: the
+    /// children apply while this goes on. All vCPUs are stopped.
     ///
     /// # Errors
     ///
@@ -146,10 +150,13 @@ impl Capture {
         let from = self.head;
         while let Some(page) = self.stale.pop() {
             self.append(link, mapping, page);
+            self.publish_some(link);
         }
         for index in 0..self.open.list.len() {
             self.append(link, mapping, self.open.list[index]);
+            self.publish_some(link);
         }
+        self.publish(link);
         Ok(self.head - from)
     }
 
@@ -208,6 +215,17 @@ impl Capture {
     #[must_use]
     pub fn last_round(&self) -> &[u32] {
         &self.last
+    }
+
+    /// Shows the children of the fork under way how far the journal goes.
+    pub fn publish(&self, link: &Link) {
+        link.fork().head.store(self.head, Ordering::Release);
+    }
+
+    fn publish_some(&self, link: &Link) {
+        if self.head.is_multiple_of(PUBLISH) {
+            self.publish(link);
+        }
     }
 
     fn room(&self, link: &Link, needed: usize) -> Result<(), ForkCause> {

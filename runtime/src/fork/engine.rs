@@ -198,6 +198,9 @@ impl Engine {
         block.number.store(self.forks, Ordering::Relaxed);
         block.stamps.clear();
         block.stamps.put(Moment::Doorbell, doorbell_ns);
+        if let Some(capture) = &self.capture {
+            capture.publish(link);
+        }
         for (index, handle) in (1_u32..).zip(children) {
             let slot = link.slot(handle.slot);
             slot.fork.store(self.forks, Ordering::Relaxed);
@@ -217,7 +220,6 @@ impl Engine {
         let link = instance.link();
         let capture = self.capture.as_mut().ok_or(ForkCause::Died)?;
         let pages = capture.all(instance.machine(), instance.ram(), instance.mapping(), link)?;
-        link.fork().head.store(capture.head(), Ordering::Release);
         if let Some(flight) = self.flights.last_mut() {
             flight.report.captured_pages = pages;
         }

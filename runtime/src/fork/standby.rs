@@ -336,11 +336,19 @@ impl Standby {
         }
     }
 
+    /// Applies the pages of the fork while the parent still captures them.
     fn apply_fork(&mut self) -> Result<Applied, ForkError> {
         let shared = self.shared.clone();
+        let block = shared.link.fork();
         shared.begin(Step::ApplyPages)?;
-        shared.wait(|block| &block.pages_ready)?;
-        self.apply_to(shared.link.fork().head.load(Ordering::Acquire))
+        let mut applied = Applied::default();
+        shared.wait_while(&block.pages_ready, || {
+            let some = self.apply_to(block.head.load(Ordering::Acquire))?;
+            applied += some;
+            Ok(some.pages > 0)
+        })?;
+        applied += self.apply_to(block.head.load(Ordering::Acquire))?;
+        Ok(applied)
     }
 
     fn apply_to(&mut self, head: u32) -> Result<Applied, ForkError> {
@@ -403,18 +411,30 @@ impl Shared {
 
     /// Waits until a field of the fork block has the number of this standby's fork.
     fn wait(&self, field: impl Fn(&link::ForkBlock) -> &AtomicU32) -> Result<(), ForkError> {
+        self.wait_while(field(self.link.fork()), || Ok(false))
+    }
+
+    /// The same, with something to do meanwhile, which tells whether it did anything.
+    fn wait_while(
+        &self,
+        field: &AtomicU32,
+        mut meanwhile: impl FnMut() -> Result<bool, ForkError>,
+    ) -> Result<(), ForkError> {
         let block = self.link.fork();
         let number = self.link.slot(self.slot).fork.load(Ordering::Acquire);
         let begin = now_ns();
+        let mut idle = begin;
         loop {
-            let seen = field(block).load(Ordering::Acquire);
+            let seen = field.load(Ordering::Acquire);
             if seen == number {
                 return Ok(());
             }
             check(block, begin)?;
-            if now_ns() - begin > SPIN_NS {
+            if meanwhile()? {
+                idle = now_ns();
+            } else if now_ns() - idle > SPIN_NS {
                 block.sleepers.fetch_add(1, Ordering::SeqCst);
-                futex_wait(field(block), seen, Some(Duration::from_millis(10)));
+                futex_wait(field, seen, Some(Duration::from_millis(10)));
                 block.sleepers.fetch_sub(1, Ordering::SeqCst);
             }
         }

@@ -7,6 +7,7 @@
 //! ever delivered.
 #![expect(unsafe_code, reason = "the ioctls of userfaultfd")]
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
@@ -50,9 +51,12 @@ struct UffdCopy {
 }
 
 /// A userfaultfd over a whole mapping.
+///
+/// It stays open until the process ends: closing it walks all page tables of the mapping with the
+/// memory map locked, at the very moment when a child has come to life.
 #[derive(Debug)]
 pub struct Uffd {
-    file: OwnedFd,
+    file: ManuallyDrop<OwnedFd>,
 }
 
 /// What became of a copy.
@@ -99,7 +103,7 @@ impl Uffd {
         if result < 0 {
             return Err(SysError::last("UFFDIO_REGISTER"));
         }
-        Ok(Self { file })
+        Ok(Self { file: ManuallyDrop::new(file) })
     }
 
     /// Fills the unmapped page at `to` from `from`.

@@ -192,10 +192,11 @@ impl Mapping {
 
     /// Makes page `page` private to this process, contents unchanged.
     pub fn touch(&self, page: u32) {
-        // An atomic add of 0 is a write that changes nothing, whoever else writes.
+        // An atomic add of 0 is a write that changes nothing, whoever else writes. If the compiler
+        // knew that it is 0, it would make a read of it.
         // SAFETY: mapped, and accessed atomically.
         let byte = unsafe { AtomicU8::from_ptr(self.page(page).as_ptr()) };
-        byte.fetch_add(0, Ordering::Relaxed);
+        byte.fetch_add(std::hint::black_box(0), Ordering::Relaxed);
     }
 }
 
