@@ -24,19 +24,6 @@ mod vcpus;
 /// processor.
 const THREADS: usize = 2;
 
-/// Tests that are known to fail: defects that are open. They run when asked for by name with
-/// `UKP_KNOWN=1`, and are listed at every run.
-const KNOWN: &[(&str, &str)] = &[
-    (
-        "state::all_vcpus_go_on_in_parent_and_child",
-        "in a child forked from inside, a vCPU that had not rung the doorbell may stand still",
-    ),
-    (
-        "faults::step_prewarm_fails",
-        "a standby killed while it is made is reported as `take`, not as `prewarm`",
-    ),
-];
-
 fn main() {
     runtime::owner::instance_if_asked();
     let mut arguments = Arguments::from_args();
@@ -57,13 +44,7 @@ fn main() {
         leaks::cases(),
         owner::cases(),
     ];
-    let all = std::env::var_os("UKP_KNOWN").is_some();
-    let known =
-        |case: &tests::case::Case| KNOWN.iter().find(|(name, _)| !all && *name == case.name());
-    for (name, defect) in KNOWN.iter().filter(|_| !all) {
-        eprintln!("known to fail, not run: direct::{name}: {defect}");
-    }
-    let cases = areas.into_iter().flatten().filter(|case| known(case).is_none());
+    let cases = areas.into_iter().flatten();
     let trials = cases.map(|case| case.needs(missing.clone()).into_trial("direct")).collect();
     libtest_mimic::run(&arguments, trials).exit();
 }

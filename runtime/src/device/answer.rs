@@ -10,10 +10,12 @@ use crate::sys::realtime_ns;
 pub struct Answer {
     words: Vec<u32>,
     next: usize,
+    /// Whether the children can still fail.
+    pending: bool,
 }
 
 impl Answer {
-    /// The answer in the parent.
+    /// The answer in the parent, for as long as it is not known whether its children live.
     #[must_use]
     pub fn parent(own: &Identity, children: &[Identity]) -> Self {
         let mut words = vec![0; answer::WORDS];
@@ -28,7 +30,7 @@ impl Answer {
         }
         // The parent is who it was: entropy is for children.
         words[answer::ENTROPY..answer::ENTROPY + 8].fill(0);
-        Self { words, next: 0 }
+        Self { words, next: 0, pending: true }
     }
 
     /// The answer in child number `index` of `children`.
@@ -38,7 +40,7 @@ impl Answer {
         words[answer::ROLE] = index;
         fill_own(&mut words, own);
         words[answer::CHILDREN] = children;
-        Self { words, next: 0 }
+        Self { words, next: 0, pending: false }
     }
 
     /// The answer to a fork that failed.
@@ -48,13 +50,22 @@ impl Answer {
         words[answer::STATUS] = errno.unsigned_abs();
         words[answer::FAILED_STEP] = step;
         fill_own(&mut words, own);
-        Self { words, next: 0 }
+        Self { words, next: 0, pending: false }
     }
 
-    /// Whether it tells of a failure.
+    /// Whether it is not known yet what became of the children.
     #[must_use]
-    pub fn is_failure(&self) -> bool {
-        self.words.get(answer::STATUS).is_some_and(|status| *status != 0)
+    pub fn is_pending(&self) -> bool {
+        self.pending
+    }
+
+    /// The children live, or else this is the answer.
+    pub fn conclude(&mut self, failed: Option<Self>) {
+        if std::mem::take(&mut self.pending)
+            && let Some(failed) = failed
+        {
+            *self = failed;
+        }
     }
 
     /// Fills `data` with the next words; zeroes behind the last.

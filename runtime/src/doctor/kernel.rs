@@ -58,7 +58,7 @@ fn userfaultfd() -> Check {
 fn realtime() -> Check {
     let name = "SCHED_FIFO";
     // On a thread of its own: whatever happens, this one keeps its policy.
-    let result = std::thread::spawn(|| sys::set_realtime(true)).join();
+    let result = std::thread::spawn(|| sys::set_policy(sys::Policy::Realtime)).join();
     match result {
         Ok(Ok(())) => Check::ok(name, "allowed: a standby is not kept waiting by other processes"),
         _ => Check::warn(

@@ -16,7 +16,7 @@ use std::ptr::NonNull;
 use super::link::Link;
 use super::step::ForkCause;
 use super::uffd::{Copied, Uffd};
-use crate::memory::{BackingKind, Mapping, MemoryError, PAGE};
+use crate::memory::{BackingKind, Mapping, MemoryError, PAGE, prefetch_page};
 use crate::sys::{self, SysError};
 
 /// Pages unmapped with one call.
@@ -26,13 +26,14 @@ const BATCH: usize = 512;
 #[derive(Clone, Debug)]
 pub struct PageBits {
     words: Vec<u64>,
+    len: usize,
 }
 
 impl PageBits {
     /// The empty set of pages of `mapping`.
     #[must_use]
     pub fn new(mapping: &Mapping) -> Self {
-        Self { words: vec![0; (mapping.bytes() / PAGE).div_ceil(64)] }
+        Self { words: vec![0; (mapping.bytes() / PAGE).div_ceil(64)], len: 0 }
     }
 
     /// Takes the page faults of using it now, unless it is large.
@@ -50,7 +51,14 @@ impl PageBits {
         let bit = 1 << (page % 64);
         let known = *word & bit != 0;
         *word |= bit;
+        self.len += usize::from(!known);
         known
+    }
+
+    /// Number of its pages.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     /// Whether `page` is in the set.
@@ -84,7 +92,7 @@ impl std::ops::AddAssign for Applied {
 }
 
 /// Writes journal entries to the mapping of a zygote: plainly, because it is forked again and again
-/// and nothing stays private in it.
+/// and nothing stays private in it. Calls `note` for every page.
 ///
 /// # Errors
 ///
@@ -92,13 +100,13 @@ impl std::ops::AddAssign for Applied {
 pub fn apply_plainly(
     link: &Link,
     mapping: &Mapping,
-    owned: &mut PageBits,
     from: u32,
     to: u32,
+    mut note: impl FnMut(u32),
 ) -> Result<(), ForkCause> {
     for entry in from..to {
         let page = page_of(link, mapping, entry)?;
-        owned.insert(page);
+        note(page);
         // SAFETY: a page of the journal, which lies in another mapping.
         unsafe { mapping.copy_in(page, link.contents(entry as usize)) };
     }
@@ -172,6 +180,9 @@ impl Applier {
         for entry in from..to {
             let page = page_of(link, mapping, entry)?;
             applied.pages += 1;
+            if entry + 1 < to {
+                prefetch_page(link.contents(entry as usize + 1));
+            }
             if self.private.contains(page) {
                 applied.private += 1;
                 // SAFETY: a page of the journal, which lies in another mapping.

@@ -20,7 +20,7 @@ use vm_memory::{GuestMemoryBackend, MmapRegion};
 use super::link::Link;
 use super::step::ForkCause;
 use crate::kvm::{DirtyLog, Machine};
-use crate::memory::{DeviceDirty, GuestRam, Mapping, PAGE};
+use crate::memory::{DeviceDirty, GuestRam, Mapping, PAGE, prefetch_page};
 
 /// Pages after which a fork shows its children what it has captured so far.
 const PUBLISH: u32 = 16;
@@ -153,6 +153,9 @@ impl Capture {
             self.publish_some(link);
         }
         for index in 0..self.open.list.len() {
+            if let Some(next) = self.open.list.get(index + 1) {
+                prefetch_page(mapping.page(*next));
+            }
             self.append(link, mapping, self.open.list[index]);
             self.publish_some(link);
         }

@@ -32,6 +32,8 @@ pub(super) struct Handle {
 struct Flight {
     handles: Vec<Handle>,
     doorbell_ns: u64,
+    /// The vCPU that asked for it, if any did.
+    vcpu: Option<usize>,
     /// Children that are live already.
     live: Vec<ChildReport>,
     report: ForkReport,
@@ -135,11 +137,11 @@ impl Engine {
         &mut self,
         instance: &Instance,
         children: usize,
-        from_guest: bool,
+        vcpu: Option<usize>,
         doorbell_ns: u64,
     ) -> Result<bool, ForkError> {
         let link = instance.link();
-        self.conclude(link);
+        self.conclude(instance);
         link.header().fault.check(Step::Take)?;
         let fits = match &mut self.capture {
             Some(capture) => {
@@ -160,12 +162,12 @@ impl Engine {
         let handles = self.ready.split_off(self.ready.len() - children);
         let report = ForkReport {
             number: self.forks + 1,
-            from_guest,
+            from_guest: vcpu.is_some(),
             requested: u32::try_from(children).unwrap_or(u32::MAX),
             ..ForkReport::default()
         };
         let live = Vec::with_capacity(children);
-        self.flights.push(Flight { handles, doorbell_ns, live, report, decided: false });
+        self.flights.push(Flight { handles, doorbell_ns, vcpu, live, report, decided: false });
         Ok(true)
     }
 
@@ -192,7 +194,7 @@ impl Engine {
         let block = link.fork();
         let children = self.flights.last().map_or(&[][..], |flight| &flight.handles);
         block.children.store(u32::try_from(children.len()).unwrap_or(0), Ordering::Relaxed);
-        block.vcpu.store(vcpu.unwrap_or(0), Ordering::Relaxed);
+        block.vcpu.store(vcpu.map_or(0, |vcpu| vcpu + 1), Ordering::Relaxed);
         block.ready.store(0, Ordering::Relaxed);
         block.decision.store(decision::OPEN, Ordering::Relaxed);
         block.number.store(self.forks, Ordering::Relaxed);
@@ -244,13 +246,14 @@ impl Engine {
     }
 
     /// Gives the fork under way up because of `error`.
-    pub fn abort(&mut self, link: &Link, error: &ForkError) {
-        standby::fail(link, error.step, error.cause.errno());
-        self.conclude(link);
+    pub fn abort(&mut self, instance: &Instance, error: &ForkError) {
+        standby::fail(instance.link(), error.step, error.cause.errno());
+        self.conclude(instance);
     }
 
     /// If a fork is under way, waits for its outcome and keeps what the next one overwrites.
-    pub fn conclude(&mut self, link: &Link) {
+    pub fn conclude(&mut self, instance: &Instance) {
+        let link = instance.link();
         if self.flights.last().is_none_or(|flight| flight.decided) {
             return;
         }
@@ -268,6 +271,9 @@ impl Engine {
             flight.report.parent = ForkReport::parent_moments(block);
             flight.report.failed = outcome.err().map(|error| (error.step, error.cause.errno()));
             self.last_failure = flight.report.failed;
+            if let Some(vcpu) = flight.vcpu {
+                instance.conclude_answer(vcpu, flight.report.failed);
+            }
         }
     }
 
@@ -364,15 +370,16 @@ impl Engine {
     }
 
     /// Takes note of children that have come to life or died, and returns the forks that are over.
-    pub(super) fn collect(&mut self, link: &Link) -> Vec<ForkReport> {
+    pub(super) fn collect(&mut self, instance: &Instance) -> Vec<ForkReport> {
         if self.flights.is_empty() {
             return Vec::new();
         }
+        let link = instance.link();
         if link.fork().decision.load(Ordering::Acquire) != decision::OPEN {
-            self.conclude(link);
+            self.conclude(instance);
         } else if let Some(step) = self.flight_died(link) {
             standby::fail(link, step, libc::ECHILD);
-            self.conclude(link);
+            self.conclude(instance);
         }
         for flight in &mut self.flights {
             flight.collect(link);
@@ -391,21 +398,9 @@ impl Engine {
         reports
     }
 
-    /// Whether forks are under way, and if so, whether their children take long to leave the guest.
+    /// Whether forks are under way.
     pub(super) fn in_flight(&self) -> bool {
         !self.flights.is_empty()
-    }
-
-    /// Makes children that have not left the guest by themselves for some time leave it once.
-    pub(super) fn nudge(&self, after_ns: u64) {
-        for flight in &self.flights {
-            if flight.decided && sys::now_ns() - flight.doorbell_ns > after_ns {
-                for handle in &flight.handles {
-                    // A child that is gone is found by its hung up line.
-                    sys::send(&handle.line, b"kick", &[]).unwrap_or(());
-                }
-            }
-        }
     }
 }
 

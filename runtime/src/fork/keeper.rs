@@ -7,10 +7,11 @@
 //!                       sync round: pages dirtied since, every few ms <----+
 //! ```
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::event::{Timespec, epoll};
 use uuid::Uuid;
 
 use super::capture::Copying;
@@ -20,7 +21,7 @@ use super::report::ForkReport;
 use super::step::{ForkCause, ForkError, Step};
 use super::zygote::Zygote;
 use crate::instance::Instance;
-use crate::sys::{self, now_ns};
+use crate::sys::{self, SysError, now_ns};
 
 /// Pages copied while the engine is held: about 30 µs, which is how long a fork can be kept waiting.
 const CHUNK: usize = 64;
@@ -29,10 +30,10 @@ const AIM: u64 = 16;
 /// Shortest and longest time between two sync rounds.
 const ROUND_MIN: Duration = Duration::from_millis(2);
 const ROUND_MAX: Duration = Duration::from_millis(500);
-/// A child that has not left the guest after this time is made to.
-const NUDGE_NS: u64 = 3_000_000;
 /// Pause after a standby could not be made, unless a fork waits for one.
 const RETRY: Duration = Duration::from_millis(200);
+/// How often forks under way are looked at when nothing is heard of them.
+const UNTOLD: Duration = Duration::from_millis(20);
 /// How long the readers of a full journal may take.
 const CATCH_UP_MS: u64 = 10_000;
 /// Standbys after which the list of regions where the guest is active begins anew.
@@ -44,6 +45,8 @@ const PARALLEL: usize = 2;
 #[derive(Debug)]
 pub struct Keeper {
     zygote: Zygote,
+    /// epoll of the lines to standbys: ready when one of them has ended.
+    lines: OwnedFd,
     preparing: Vec<Handle>,
     /// Standbys made since the list of active regions was begun.
     since_regions: u32,
@@ -82,10 +85,16 @@ pub struct Tick {
 
 impl Keeper {
     /// A keeper that wants `target` standbys.
-    #[must_use]
-    pub fn new(zygote: Zygote, target: u32, sync: bool) -> Self {
-        Self {
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`.
+    pub fn new(zygote: Zygote, target: u32, sync: bool) -> Result<Self, SysError> {
+        let lines =
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create1"))?;
+        Ok(Self {
             zygote,
+            lines,
             preparing: Vec::new(),
             leaving: Vec::new(),
             since_regions: 0,
@@ -99,7 +108,25 @@ impl Keeper {
             prewarm_ns: 0,
             previous_round: Vec::new(),
             unreported: Vec::new(),
-        }
+        })
+    }
+
+    /// Readable when a standby has ended, until [`Keeper::clear_lines`].
+    #[must_use]
+    pub fn lines(&self) -> &OwnedFd {
+        &self.lines
+    }
+
+    /// Takes note that standbys have ended: the next look finds out which.
+    pub fn clear_lines(&self) {
+        let mut events = [epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        }; 8];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        while epoll::wait(&self.lines, events.as_mut_slice(), Some(&now))
+            .is_ok_and(|count| count == events.len())
+        {}
     }
 
     /// The zygote.
@@ -129,9 +156,8 @@ impl Keeper {
         let mut tick = Tick::default();
         let link = instance.link();
         let mut engine = instance.engine();
-        tick.forks = engine.collect(link);
+        tick.forks = engine.collect(instance);
         let armed = engine.start_capture(instance);
-        engine.nudge(NUDGE_NS);
         self.receive(link, &mut engine, &mut tick);
         let lacking = self.lacking(&engine);
         let wanted_round = engine.wants_round;
@@ -303,7 +329,7 @@ impl Keeper {
         let begin = now_ns();
         loop {
             let mut engine = instance.engine();
-            let mut tick = Tick { forks: engine.collect(link), ..Tick::default() };
+            let mut tick = Tick { forks: engine.collect(instance), ..Tick::default() };
             self.unreported.append(&mut tick.forks);
             self.receive(link, &mut engine, &mut tick);
             Self::sync_standbys(link, &engine, head);
@@ -396,6 +422,10 @@ impl Keeper {
         };
         link.write_slot(slot, &identity, &base);
         let (ours, theirs) = sys::socket_pair()?;
+        // Edge-triggered: the end of a standby is told once. Closing the line takes it out.
+        let ended = epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        epoll::add(&self.lines, &ours, epoll::EventData::new_u64(slot as u64), ended)
+            .map_err(SysError::new("epoll_ctl"))?;
         let shared = link.slot(slot);
         shared.tail.store(self.zygote.tail(), Ordering::Relaxed);
         shared.failure.store(0, Ordering::Relaxed);
@@ -417,7 +447,8 @@ impl Keeper {
     fn next_look(&self, instance: &Instance) -> Option<Duration> {
         let engine = instance.engine();
         if engine.in_flight() || !self.leaving.is_empty() {
-            return Some(Duration::from_millis(1));
+            // What they do is told by the bell and the lines; this is for what nobody tells.
+            return Some(UNTOLD);
         }
         let now = now_ns();
         let until = |at: u64| Duration::from_nanos(at.saturating_sub(now));

@@ -152,7 +152,7 @@ pub struct ForkBlock {
     pub head: AtomicU32,
     /// Number of children.
     pub children: AtomicU32,
-    /// vCPU that rang the doorbell.
+    /// 1 + the vCPU that rang the doorbell; 0: the host asked.
     pub vcpu: AtomicU32,
     /// vCPUs of all children that are ready to run.
     pub ready: AtomicU32,

@@ -19,6 +19,7 @@
 
 mod apply;
 mod capture;
+mod consolidate;
 mod engine;
 mod keeper;
 mod link;

@@ -27,7 +27,8 @@ pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState, rehearsing: bool) -> Result
     if rehearsing {
         let mut after = Box::new(VcpuState::default());
         for _ in 0..2 {
-            let timer = KickTimer::start(LIMIT_US)?;
+            let timer = KickTimer::new()?;
+            timer.set(LIMIT_US)?;
             vcpu.run()?;
             drop(timer);
             vcpu.settle()?;

@@ -34,13 +34,17 @@ use crate::instance::{Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
 use crate::proto::InstanceConfig;
-use crate::sys::{self, futex_wait, futex_wake, now_ns};
+use crate::sys::{self, KickTimer, futex_wait, futex_wake, now_ns};
 
 /// How long a standby that is awake spins for the next step of the fork before it sleeps. It bounds
 /// the damage when it shares its processor with the parent that it waits for.
 const SPIN_NS: u64 = 50_000;
 /// How long a fork may take from waking up to the last sibling's consent.
 const PATIENCE_NS: u64 = 10_000_000_000;
+
+/// How long the first run of a child may take after the guest, or the host, has asked for it.
+const FIRST_RUN_US: i64 = 2_000;
+const HOST_FIRST_RUN_US: i64 = 500;
 
 /// What the vCPU threads of a standby share while it is one.
 #[derive(Debug)]
@@ -83,7 +87,9 @@ fn live(
     line: OwnedFd,
     begin: u64,
 ) -> Result<i32, ForkError> {
-    let (standby, vcpu) = match prepare(womb, slot, parent, line) {
+    // Open until the error is told: its end tells the parent that there is nothing more to come.
+    let mut line = Some(line);
+    let (standby, vcpu) = match prepare(womb, slot, parent, &mut line) {
         Ok(made) => made,
         Err((link, error)) => {
             tell(&link, slot, &error);
@@ -135,7 +141,7 @@ fn prepare(
     womb: Womb,
     slot: usize,
     parent: Uuid,
-    line: OwnedFd,
+    line: &mut Option<OwnedFd>,
 ) -> Result<(Standby, Vcpu), Failed> {
     let Womb { host, config, link, image, mapping, owned } = womb;
     let link = Arc::new(link);
@@ -157,7 +163,7 @@ fn prepare_with(
     link: &Arc<Link>,
     slot: usize,
     parent: Uuid,
-    line: OwnedFd,
+    line: &mut Option<OwnedFd>,
 ) -> Result<(Standby, Vcpu), ForkError> {
     fn failed<E: Into<ForkCause>>(cause: E) -> ForkError {
         ForkError { step: Step::Prewarm, cause: cause.into() }
@@ -210,6 +216,7 @@ fn prepare_with(
         stage: AtomicU32::new(0),
         meeting: Barrier::new(vcpus.len()),
     });
+    let line = line.take().ok_or_else(|| failed(ForkCause::Died))?;
     instance
         .start_control(Some(Cradle { link: link.clone(), slot, line }), None)
         .map_err(failed)?;
@@ -249,6 +256,7 @@ impl Standby {
         let slot = shared.link.slot(shared.slot);
         let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
         instance.prepare_thread(avoid);
+        let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
         slot.tid.store(sys::thread_id().cast_unsigned(), Ordering::Relaxed);
         slot.avoids.store(avoid, Ordering::Relaxed);
         slot.word.store(word::PARKED, Ordering::Release);
@@ -266,12 +274,14 @@ impl Standby {
         shared.wait(|block| &block.state_ready)?;
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
-        let rang = shared.link.fork().vcpu.load(Ordering::Relaxed);
+        let (rang, first_run_us) = (shared.rang(0), shared.first_run_us());
         shared.consent()?;
         instance.gate().enter(0);
+        // It cannot fail for a timer that exists, and the fork is decided.
+        alarm.set(first_run_us).unwrap_or(());
         slot.stamps.stamp(Moment::Entered);
         let first = vcpu.run();
-        if rang == 0 {
+        if rang {
             slot.stamps.stamp(Moment::Exited);
         }
         slot.faults
@@ -280,10 +290,11 @@ impl Standby {
         slot.applied_private.store(applied.private, Ordering::Relaxed);
         slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
         instance.engine().born(self.applier.private_pages().collect());
-        if rang == 0 {
+        if rang {
             shared.announce_life();
         }
-        let action = instance.after_exit(first);
+        let action = instance.after_exit(0, first);
+        drop(alarm);
         instance.settle_thread();
         drop(self);
         drop(shared);
@@ -378,7 +389,10 @@ impl Standby {
         let slot = shared.link.slot(shared.slot);
         let index = slot.index.load(Ordering::Relaxed);
         let children = shared.link.fork().children.load(Ordering::Relaxed);
-        shared.instance.set_answer(Answer::child(shared.instance.identity(), index, children));
+        for vcpu in 0..shared.instance.vcpus() {
+            let answer = Answer::child(shared.instance.identity(), index, children);
+            shared.instance.set_answer(vcpu, answer);
+        }
         Ok(())
     }
 }
@@ -401,6 +415,21 @@ impl Shared {
     fn announce_life(&self) {
         self.link.slot(self.slot).word.store(word::LIVE, Ordering::Release);
         self.link.ring();
+    }
+
+    /// Whether it is the first exit of vCPU `index` that tells that the child lives: that of the one
+    /// that rang the doorbell, or of the first.
+    fn rang(&self, index: usize) -> bool {
+        let rang = self.link.fork().vcpu.load(Ordering::Relaxed);
+        rang.saturating_sub(1) as usize == index
+    }
+
+    /// How long a first run may take. A guest that does not leave by itself is made to: its thread
+    /// has a standby's priority still, and somebody waits for a sign of life. After a doorbell the
+    /// guest reads the answer at once; when the host forks it may do anything.
+    fn first_run_us(&self) -> i64 {
+        let from_host = self.link.fork().vcpu.load(Ordering::Relaxed) == 0;
+        if from_host { HOST_FIRST_RUN_US } else { FIRST_RUN_US }
     }
 
     /// Whether a field of the fork block has the number of this standby's fork.
@@ -514,6 +543,7 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     shared.meeting.wait();
     shared.meeting.wait();
     instance.prepare_thread(0);
+    let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
     while shared.stage.load(Ordering::Acquire) == 0 {
         futex_wait(&shared.stage, 0, None);
     }
@@ -529,15 +559,22 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     shared.wait(|block| &block.rest_ready)?;
     vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
         .map_err(failed(Step::RestoreState))?;
-    let rang = shared.link.fork().vcpu.load(Ordering::Relaxed) == vcpu.index();
+    let (rang, first_run_us) = (shared.rang(index), shared.first_run_us());
     shared.consent()?;
     instance.gate().enter(index);
+    if rang {
+        alarm.set(first_run_us).unwrap_or(());
+    } else {
+        // It may run for long: only the one that is waited for has priority.
+        instance.settle_thread();
+    }
     let first = vcpu.run();
     if rang {
         shared.link.slot(shared.slot).stamps.stamp(Moment::Exited);
         shared.announce_life();
     }
-    let action = instance.after_exit(first);
+    let action = instance.after_exit(index, first);
+    drop(alarm);
     instance.settle_thread();
     instance.run_vcpu(vcpu, action);
     Ok(())

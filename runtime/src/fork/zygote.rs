@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::apply::{PageBits, apply_plainly};
+use super::consolidate::Consolidation;
 use super::link::{self, Link};
 use super::standby;
 use super::step::ForkCause;
@@ -247,6 +248,7 @@ fn raised_womb(socket: &OwnedFd) -> Result<Womb, ForkCause> {
 
 fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
     let mut buffer = [0_u8; 256];
+    let mut consolidation = Consolidation::default();
     loop {
         let (len, mut fds) =
             match sys::receive(&socket, &mut buffer, rustix::net::RecvFlags::empty()) {
@@ -264,27 +266,34 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
             }
             Ok(Command::Sync { from, to }) => match (&womb.mapping, &mut womb.owned) {
                 (Some(mapping), Some(owned)) => {
-                    match apply_plainly(&womb.link, mapping, owned, from, to) {
+                    let applied = apply_plainly(&womb.link, mapping, from, to, |page| {
+                        owned.insert(page);
+                        consolidation.note(page);
+                    });
+                    match applied {
                         Ok(()) => Answer::Done,
                         Err(cause) => Answer::Failed { errno: cause.errno() },
                     }
                 }
                 _ => Answer::Failed { errno: libc::ENODATA },
             },
-            Ok(Command::Spawn { slot, parent }) => match fds.pop() {
-                // SAFETY: a zygote never starts a thread.
-                Some(line) => match unsafe { sys::fork() } {
-                    Ok(Forked::Parent { child }) => {
-                        Answer::Spawned { pid: child.as_raw_nonzero().get() }
-                    }
-                    Ok(Forked::Child) => {
-                        std::mem::forget(socket);
-                        standby::run(womb, slot as usize, parent, line)
-                    }
-                    Err(error) => Answer::Failed { errno: error.errno() },
-                },
-                None => Answer::Failed { errno: libc::EBADF },
-            },
+            Ok(Command::Spawn { slot, parent }) => {
+                consolidation.step(&mut womb);
+                match fds.pop() {
+                    // SAFETY: a zygote never starts a thread.
+                    Some(line) => match unsafe { sys::fork() } {
+                        Ok(Forked::Parent { child }) => {
+                            Answer::Spawned { pid: child.as_raw_nonzero().get() }
+                        }
+                        Ok(Forked::Child) => {
+                            std::mem::forget((socket, consolidation));
+                            standby::run(womb, slot as usize, parent, line)
+                        }
+                        Err(error) => Answer::Failed { errno: error.errno() },
+                    },
+                    None => Answer::Failed { errno: libc::EBADF },
+                }
+            }
             Err(_) => Answer::Failed { errno: libc::EINVAL },
         };
         let Ok(bytes) = serde_json::to_vec(&answer) else { std::process::exit(1) };

@@ -56,8 +56,6 @@ impl Instance {
 
 fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>) {
     let old_link = cradle.map(|cradle| wait_for_life(instance, cradle));
-    // A vCPU that never leaves the guest by itself would keep the priority of a standby.
-    instance.gate().nudge();
     let owner = match owner {
         Some(owner) => Ok(owner),
         None => connect(&instance.config().owner),
@@ -66,17 +64,19 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
         Ok(owner) => match instance.take_zygote() {
             Some(zygote) => {
                 let config = instance.config();
-                let keeper = Keeper::new(zygote, config.standbys, config.sync);
-                Control {
-                    instance,
-                    owner,
-                    keeper,
-                    old_link,
-                    paused: None,
-                    gone: false,
-                    under_way: false,
+                match Keeper::new(zygote, config.standbys, config.sync) {
+                    Ok(keeper) => Control {
+                        instance,
+                        owner,
+                        keeper,
+                        old_link,
+                        paused: None,
+                        gone: false,
+                        under_way: false,
+                    }
+                    .serve(),
+                    Err(_) => 1,
                 }
-                .serve()
             }
             None => 1,
         },
@@ -91,7 +91,8 @@ fn wait_for_life(instance: &Instance, cradle: Cradle) -> Arc<Link> {
     let mut buffer = [0_u8; 16];
     loop {
         match sys::receive(&cradle.line, &mut buffer, RecvFlags::empty()) {
-            Ok((len, _)) if len > 0 => instance.gate().nudge(),
+            // The parent has nothing to say here.
+            Ok((len, _)) if len > 0 => {}
             _ if instance.is_alive() => return cradle.link,
             // In the middle of a fork: the leader comes alive, or ends the process.
             _ if cradle.link.is_going(cradle.slot) => std::thread::sleep(Duration::from_millis(1)),
@@ -204,8 +205,11 @@ impl Control<'_> {
             return false;
         }
         let link = self.instance.link();
-        let mut fds =
-            [PollFd::new(&self.owner, PollFlags::IN), PollFd::new(link.bell(), PollFlags::IN)];
+        let mut fds = [
+            PollFd::new(&self.owner, PollFlags::IN),
+            PollFd::new(link.bell(), PollFlags::IN),
+            PollFd::new(self.keeper.lines(), PollFlags::IN),
+        ];
         let time = time.map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
@@ -215,6 +219,9 @@ impl Control<'_> {
         let owner = !fds[0].revents().is_empty();
         if !fds[1].revents().is_empty() {
             link.clear_bell();
+        }
+        if !fds[2].revents().is_empty() {
+            self.keeper.clear_lines();
         }
         owner
     }
@@ -314,7 +321,7 @@ impl Control<'_> {
             instance.gate().wait_resumed();
             instance.link().fork().stamps.raise(crate::fork::Moment::Resumed, now_ns());
             let mut engine = instance.engine();
-            engine.conclude(instance.link());
+            engine.conclude(instance);
             match engine.last_failure() {
                 None => Ok(identities),
                 Some((step, errno)) => {
@@ -369,12 +376,16 @@ impl Control<'_> {
     /// Sleeps until the bell rings, for 20 ms at most.
     fn sleep(&self, wait: Option<Duration>) {
         let link = self.instance.link();
-        let mut fds = [PollFd::new(link.bell(), PollFlags::IN)];
+        let mut fds = [
+            PollFd::new(link.bell(), PollFlags::IN),
+            PollFd::new(self.keeper.lines(), PollFlags::IN),
+        ];
         let most = Duration::from_millis(20);
         let time = wait.map_or(most, |wait| wait.min(most));
         let time = Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() };
         poll(&mut fds, Some(&time)).unwrap_or(0);
         link.clear_bell();
+        self.keeper.clear_lines();
     }
 
     fn stats(&mut self) -> Stats {

@@ -110,15 +110,6 @@ impl Gate {
         }
     }
 
-    /// Makes every vCPU that runs the guest leave it once.
-    pub fn nudge(&self) {
-        for seat in &self.vcpus {
-            if seat.state.load(Ordering::SeqCst) == RUNNING {
-                sys::kick(seat.tid.load(Ordering::Acquire));
-            }
-        }
-    }
-
     /// Waits until the vCPUs that were stopped are on their way into the guest again.
     pub fn wait_resumed(&self) {
         let begin = now_ns();

@@ -11,7 +11,7 @@ mod vcpu;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use guest_abi::param::STEPS;
 use rustix::process::Pid;
@@ -22,7 +22,7 @@ pub use gate::{Gate, Stopped};
 pub use root::run_root;
 
 use crate::device::Answer;
-use crate::fork::{Engine, Identity, Link, Zygote};
+use crate::fork::{Engine, Identity, Link, Step, Zygote};
 use crate::kvm::{Kick, Machine};
 use crate::memory::{
     GuestRam, Image, Mapping, MemoryError, RamLayout, Sealed, Writable, guest_ram,
@@ -81,7 +81,8 @@ pub struct Instance {
     /// Taken by the control thread.
     zygote: Mutex<Option<Zygote>>,
     zygote_pid: AtomicI32,
-    answer: Mutex<Answer>,
+    /// Per vCPU.
+    answers: Box<[Mutex<Answer>]>,
     vcpus: usize,
     outbox: Mutex<VecDeque<Event>>,
     console_lost: AtomicU64,
@@ -123,7 +124,7 @@ impl Instance {
             zygote_pid: AtomicI32::new(birth.zygote.pid().as_raw_nonzero().get()),
             zygote: Mutex::new(Some(birth.zygote)),
             image: Mutex::new(None),
-            answer: Mutex::default(),
+            answers: std::iter::repeat_with(Mutex::default).take(vcpus).collect(),
             vcpus,
             outbox: Mutex::default(),
             console_lost: AtomicU64::new(0),
@@ -193,6 +194,15 @@ impl Instance {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The same, if nobody else has it.
+    pub fn try_engine(&self) -> Option<MutexGuard<'_, Engine>> {
+        match self.engine.try_lock() {
+            Ok(engine) => Some(engine),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// Process of its zygote.
     #[must_use]
     pub fn zygote_pid(&self) -> Option<Pid> {
@@ -228,9 +238,23 @@ impl Instance {
         self.zygote.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Sets what the guest reads at the doorbell.
-    pub fn set_answer(&self, answer: Answer) {
-        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = answer;
+    /// Sets what the guest reads at the doorbell with vCPU `vcpu`.
+    pub fn set_answer(&self, vcpu: usize, answer: Answer) {
+        if let Some(mut place) = self.answer(vcpu) {
+            *place = answer;
+        }
+    }
+
+    /// Ends the uncertainty of the answer that vCPU `vcpu` got to its fork.
+    pub fn conclude_answer(&self, vcpu: usize, failed: Option<(Step, i32)>) {
+        let failed = failed.map(|(step, errno)| Answer::failed(&self.identity, errno, step as u32));
+        if let Some(mut answer) = self.answer(vcpu) {
+            answer.conclude(failed);
+        }
+    }
+
+    fn answer(&self, vcpu: usize) -> Option<MutexGuard<'_, Answer>> {
+        Some(self.answers.get(vcpu)?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// From now on this process lives for itself.
@@ -322,14 +346,14 @@ impl Instance {
         sys::set_affinity(cpus).unwrap_or(());
         if self.config.realtime {
             // Without permission the thread stays as it is; `runtime doctor` tells.
-            sys::set_realtime(true).unwrap_or(());
+            sys::set_policy(sys::Policy::Realtime).unwrap_or(());
         }
     }
 
     /// Undoes [`Instance::prepare_thread`]: from here on the thread runs the guest like any other.
     pub fn settle_thread(&self) {
         if self.config.realtime {
-            sys::set_realtime(false).unwrap_or(());
+            sys::set_policy(sys::Policy::Normal).unwrap_or(());
         }
         let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
         sys::set_affinity(cpus).unwrap_or(());

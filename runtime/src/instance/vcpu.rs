@@ -1,5 +1,6 @@
 //! The life of a vCPU thread: run the guest, serve its exits, stop at the gate.
 
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use guest_abi::param::{Header, ParamPage};
@@ -10,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Instance;
 use crate::device::Answer;
-use crate::fork::{ForkCause, ForkError, Moment, Step};
+use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
 use crate::memory::BackingKind;
 use crate::proto::Event;
@@ -18,6 +19,10 @@ use crate::sys::now_ns;
 
 /// How long a fork waits for a standby to be made.
 const STANDBY_NS: u64 = 20_000_000_000;
+
+/// How long a vCPU spins for the engine before it blocks, and how often it looks from then on.
+const ENGINE_SPIN_NS: u64 = 50_000;
+const ENGINE_POLL: Duration = Duration::from_micros(100);
 
 /// How long the control thread may take to tell the owner that the instance has ended.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -31,6 +36,8 @@ pub enum Action {
     Fork { children: u32, doorbell_ns: u64 },
     /// A fork is expected within that many microseconds.
     Announce { window_us: u32 },
+    /// The dirty ring is full: take its contents.
+    Drain,
     /// Wait for a program newer than that.
     Park { seen: u32 },
     /// Wait that many microseconds.
@@ -66,13 +73,13 @@ impl Instance {
                 return;
             }
             let exit = vcpu.run();
-            action = self.after_exit_at(exit, now_ns());
+            action = self.after_exit_at(index, exit, now_ns());
         }
     }
 
-    /// What the exit of a vCPU's first run asks for.
-    pub fn after_exit(&self, exit: Result<Option<VcpuExit<'_>>, KvmError>) -> Action {
-        self.after_exit_at(exit, now_ns())
+    /// What the exit of the first run of vCPU `index` asks for.
+    pub fn after_exit(&self, index: usize, exit: Result<Option<VcpuExit<'_>>, KvmError>) -> Action {
+        self.after_exit_at(index, exit, now_ns())
     }
 
     /// Saves the state and stops at the closed gate.
@@ -102,7 +109,8 @@ impl Instance {
         match action {
             Action::Continue => {}
             Action::Fork { children, doorbell_ns } => self.fork(vcpu, children, doorbell_ns),
-            Action::Announce { window_us } => self.announce(window_us),
+            Action::Announce { window_us } => self.announce(vcpu, window_us),
+            Action::Drain => self.drain_ring(vcpu),
             Action::Park { seen } => {
                 // The guest sees the lower half of the sequence number.
                 let newer = || low(self.program_seq(index)) != seen;
@@ -126,14 +134,19 @@ impl Instance {
     }
 
     /// Turns an exit into what it asks for. Everything in it comes from the guest.
-    fn after_exit_at(&self, exit: Result<Option<VcpuExit<'_>>, KvmError>, now: u64) -> Action {
+    fn after_exit_at(
+        &self,
+        index: usize,
+        exit: Result<Option<VcpuExit<'_>>, KvmError>,
+        now: u64,
+    ) -> Action {
         match exit {
             Ok(None | Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
             Ok(Some(VcpuExit::IoOut(port, data))) => self.port_write(port, data, now),
             Ok(Some(VcpuExit::IoIn(port, data))) => {
                 data.fill(0);
                 if port == port::FORK {
-                    self.read_answer(data);
+                    self.read_answer(index, data);
                 }
                 Action::Continue
             }
@@ -141,7 +154,7 @@ impl Instance {
                 data.fill(0xff);
                 Action::Continue
             }
-            Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => self.drain_ring(),
+            Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => Action::Drain,
             Ok(Some(VcpuExit::Shutdown)) => {
                 let reason = "the guest stopped with a triple fault (an exception without handler)";
                 Action::Exit { code: 125, reason: Some(reason.into()) }
@@ -187,17 +200,33 @@ impl Instance {
         }
     }
 
-    /// The dirty ring is full: the control thread takes its contents, then the guest goes on.
-    fn drain_ring(&self) -> Action {
-        let mut engine = self.engine();
-        match engine.drain(self) {
-            Ok(()) => Action::Continue,
-            Err(cause) => Action::Exit { code: 125, reason: Some(chain(&cause)) },
+    /// The engine, for a vCPU that has left the guest. Whoever has it may be forking, and waits for
+    /// this vCPU to stop: so it waits like one that is blocked.
+    fn engine_for(&self, vcpu: &mut Vcpu) -> MutexGuard<'_, Engine> {
+        let begin = now_ns();
+        let mut saved = false;
+        loop {
+            if let Some(engine) = self.try_engine() {
+                return engine;
+            }
+            if self.gate.is_closed() || now_ns() - begin > ENGINE_SPIN_NS {
+                saved = saved || self.save(vcpu);
+                self.gate.block(vcpu.index() as usize, Some(ENGINE_POLL), || false);
+            }
+            std::hint::spin_loop();
         }
     }
 
-    fn announce(&self, window_us: u32) {
-        let engine = self.engine();
+    /// Takes the contents of the full dirty ring, so that the guest can go on.
+    fn drain_ring(&self, vcpu: &mut Vcpu) {
+        let drained = self.engine_for(vcpu).drain(self);
+        if let Err(cause) = drained {
+            self.exit(125, Some(chain(&cause)));
+        }
+    }
+
+    fn announce(&self, vcpu: &mut Vcpu, window_us: u32) {
+        let engine = self.engine_for(vcpu);
         engine.announce(&self.link, now_ns() + u64::from(window_us) * 1000);
     }
 
@@ -216,16 +245,15 @@ impl Instance {
             let changed = || self.news.load(Ordering::SeqCst) != news;
             self.gate.block(index, Some(Duration::from_millis(50)), changed);
         };
-        let result = self.fork_children(Some(vcpu), children, doorbell_ns, wait);
+        let result = self.fork_children(Some(&mut *vcpu), children, doorbell_ns, wait);
         if let Err(error) = &result {
-            self.engine().forget_waiting();
+            self.engine_for(vcpu).forget_waiting();
             self.post(Event::Note { text: chain(error) });
         }
-        let answer = match result {
-            Ok(identities) => Answer::parent(&self.identity, &identities),
-            Err(error) => Answer::failed(&self.identity, error.cause.errno(), error.step as u32),
-        };
-        self.set_answer(answer);
+        if let Err(error) = result {
+            let answer = Answer::failed(&self.identity, error.cause.errno(), error.step as u32);
+            self.set_answer(index, answer);
+        }
         self.link.fork().stamps.raise(Moment::Resumed, now_ns());
     }
 
@@ -245,10 +273,14 @@ impl Instance {
             let cause = ForkCause::Children { requested: children, most: port::MAX_CHILDREN };
             return Err(ForkError { step: Step::Take, cause });
         }
-        let from_guest = vcpu.is_some();
-        let mut engine = self.engine();
+        let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
+        let lock = |vcpu: &mut Option<&mut Vcpu>| match vcpu {
+            Some(vcpu) => self.engine_for(vcpu),
+            None => self.engine(),
+        };
+        let mut engine = lock(&mut vcpu);
         let failures = engine.prewarm_failures();
-        while !engine.take(self, children as usize, from_guest, doorbell_ns)? {
+        while !engine.take(self, children as usize, own, doorbell_ns)? {
             if let Some(error) = engine.prewarm_failure_after(failures) {
                 return Err(error);
             }
@@ -259,12 +291,19 @@ impl Instance {
             }
             drop(engine);
             wait(&mut vcpu);
-            engine = self.engine();
+            engine = lock(&mut vcpu);
         }
         match engine.fork(self, vcpu, doorbell_ns) {
-            Ok(()) => Ok(engine.children()),
+            Ok(()) => {
+                let identities = engine.children();
+                if let Some(own) = own {
+                    // While nobody else can conclude the fork.
+                    self.set_answer(own, Answer::parent(&self.identity, &identities));
+                }
+                Ok(identities)
+            }
             Err(error) => {
-                engine.abort(&self.link, &error);
+                engine.abort(self, &error);
                 self.link.ring();
                 Err(error)
             }
@@ -272,18 +311,20 @@ impl Instance {
     }
 
     /// The parent learns here whether its children made it.
-    fn read_answer(&self, data: &mut [u8]) {
-        let mut engine = self.engine();
-        engine.conclude(&self.link);
-        let failure = engine.last_failure();
-        drop(engine);
-        let mut answer = self.answer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some((step, errno)) = failure
-            && !answer.is_failure()
-        {
-            *answer = Answer::failed(&self.identity, errno, step as u32);
+    fn read_answer(&self, index: usize, data: &mut [u8]) {
+        // The read cannot be interrupted: it would be complete with nothing in it. Nor need it be,
+        // for whoever has the engine in order to fork has concluded this vCPU's fork before.
+        while let Some(mut answer) = self.answer(index) {
+            if !answer.is_pending() {
+                answer.read(data);
+                return;
+            }
+            drop(answer);
+            match self.try_engine() {
+                Some(mut engine) => engine.conclude(self),
+                None => std::thread::yield_now(),
+            }
         }
-        answer.read(data);
     }
 
     fn done(&self, vcpu: u32, seq: u32) {

@@ -98,6 +98,15 @@ impl Image<Writable> {
             })?;
         Ok(Image { file: self.file, bytes: self.bytes, kind: self.kind, state: PhantomData })
     }
+
+    /// Takes the image as sealed by another process.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if it is not.
+    pub fn adopt_sealed(self) -> Result<Image<Sealed>, MemoryError> {
+        Image::adopt(self.file, self.bytes, self.kind)
+    }
 }
 
 impl Image<Sealed> {

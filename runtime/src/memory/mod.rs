@@ -24,4 +24,4 @@ pub use device_dirty::DeviceDirty;
 pub use guest::{GuestRam, guest_ram};
 pub use image::{Image, Sealed, Writable};
 pub use layout::{PAGE, RamLayout, RamRange};
-pub use mapping::Mapping;
+pub use mapping::{Mapping, prefetch_page};

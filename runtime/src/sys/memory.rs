@@ -5,6 +5,16 @@ use std::io;
 
 use super::SysError;
 
+/// Memory that can be had without swapping, as the kernel estimates it; 0 if /proc is not there.
+#[must_use]
+pub fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or(0, |kib| kib * 1024)
+}
+
 /// Reads `bytes` of another process's memory, at the same addresses as in this one, into place.
 ///
 /// # Safety

@@ -7,15 +7,15 @@ mod thread;
 
 use std::io;
 
-pub use memory::{copy_from_twin, unmap_pages};
+pub use memory::{available_bytes, copy_from_twin, unmap_pages};
 pub use process::{
     Forked, adopt, close_all_but, cpu_ns, cpu_ns_of, die_with_parent, fork, minor_faults,
     reap_children_automatically, set_process_name,
 };
 pub use socket::{receive, send, socket_pair};
 pub use thread::{
-    KickTimer, affinity, current_cpu, futex_wait, futex_wake, install_kick_handler, kick,
-    kick_signal, set_affinity, set_affinity_of, set_realtime, thread_id,
+    KickTimer, Policy, affinity, current_cpu, futex_wait, futex_wake, install_kick_handler, kick,
+    kick_signal, set_affinity, set_affinity_of, set_policy, thread_id,
 };
 
 /// A system call that failed.

@@ -61,14 +61,29 @@ pub fn thread_id() -> i32 {
     rustix::thread::gettid().as_raw_nonzero().get()
 }
 
-/// Puts the calling thread under `SCHED_FIFO` (priority 1) or back under `SCHED_OTHER`.
+/// How a thread shares processors with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// `SCHED_FIFO`, priority 1.
+    Realtime,
+    /// `SCHED_OTHER`.
+    Normal,
+    /// `SCHED_IDLE`: only where nobody else wants to run.
+    Idle,
+}
+
+/// Puts the calling thread under `policy`.
 ///
 /// # Errors
 ///
-/// `EPERM` without `CAP_SYS_NICE` or `RLIMIT_RTPRIO`.
-pub fn set_realtime(on: bool) -> Result<(), SysError> {
-    let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
-    let param = libc::sched_param { sched_priority: i32::from(on) };
+/// `EPERM` for [`Policy::Realtime`] without `CAP_SYS_NICE` or `RLIMIT_RTPRIO`.
+pub fn set_policy(policy: Policy) -> Result<(), SysError> {
+    let (policy, sched_priority) = match policy {
+        Policy::Realtime => (libc::SCHED_FIFO, 1),
+        Policy::Normal => (libc::SCHED_OTHER, 0),
+        Policy::Idle => (libc::SCHED_IDLE, 0),
+    };
+    let param = libc::sched_param { sched_priority };
     // SAFETY: `param` is a valid sched_param and thread 0 is the caller.
     let result = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
     if result < 0 { Err(SysError::last("sched_setscheduler")) } else { Ok(()) }
@@ -115,21 +130,20 @@ pub fn affinity() -> u64 {
         .map_or(u64::MAX, |set| (0..64).filter(|cpu| set.is_set(*cpu)).map(|cpu| 1 << cpu).sum())
 }
 
-/// Sends the kick signal to the calling thread again and again until it is dropped: a run of the
-/// guest that would not end by itself does.
+/// Sends the kick signal to the thread that made it, again and again once it is set, until it is
+/// dropped: a run of the guest that would not end by itself does.
 #[derive(Debug)]
 pub struct KickTimer {
     timer: libc::timer_t,
 }
 
 impl KickTimer {
-    /// The first signal comes after `first_us`, the next ones every millisecond: one that arrives
-    /// before the guest is entered is lost.
+    /// A timer that is not set yet.
     ///
     /// # Errors
     ///
     /// What `timer_create(2)` says.
-    pub fn start(first_us: i64) -> Result<Self, SysError> {
+    pub fn new() -> Result<Self, SysError> {
         // SAFETY: an all-zero sigevent is a valid value.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -142,15 +156,24 @@ impl KickTimer {
         if result < 0 {
             return Err(SysError::last("timer_create"));
         }
-        let this = Self { timer };
+        Ok(Self { timer })
+    }
+
+    /// Sets it: the first signal comes after `first_us`, the next ones every millisecond, because
+    /// one that arrives before the guest is entered is lost.
+    ///
+    /// # Errors
+    ///
+    /// What `timer_settime(2)` says.
+    pub fn set(&self, first_us: i64) -> Result<(), SysError> {
         let spec = libc::itimerspec {
             it_interval: libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 },
             it_value: libc::timespec { tv_sec: 0, tv_nsec: first_us * 1000 },
         };
         // SAFETY: the timer exists and the specification is valid.
         let result =
-            unsafe { libc::timer_settime(timer, 0, &raw const spec, std::ptr::null_mut()) };
-        if result < 0 { Err(SysError::last("timer_settime")) } else { Ok(this) }
+            unsafe { libc::timer_settime(self.timer, 0, &raw const spec, std::ptr::null_mut()) };
+        if result < 0 { Err(SysError::last("timer_settime")) } else { Ok(()) }
     }
 }
 
