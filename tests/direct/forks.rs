@@ -177,7 +177,7 @@ fn nested() -> Result<()> {
 fn spinning() -> Result<()> {
     let rig = rig(16)?;
     let place = rig.address(10, 3);
-    let ms = 2500;
+    let ms = 5000;
     let counting = rig.begin(rig.root, 0, &[count(rig.ticks(ms), place, 0)])?;
     let mut children = Vec::new();
     for _ in 0..3 {
