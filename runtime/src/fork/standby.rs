@@ -30,7 +30,7 @@ use super::rehearse;
 use super::step::{ForkCause, ForkError, Moment, Step};
 use super::zygote::{Womb, Zygote};
 use crate::device::Answer;
-use crate::instance::{Birth, Cradle, Instance};
+use crate::instance::{Action, Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
 use crate::proto::InstanceConfig;
@@ -55,8 +55,9 @@ struct Shared {
     slot: usize,
     /// What the vCPUs are parked with.
     base: Base,
-    /// 0: parked, 1: woken, 2: pages are applied. Futex of all threads but the leader.
-    stage: AtomicU32,
+    /// 1 once the leader is awake, and once the parent's state is there. Futexes of the other threads.
+    awake: AtomicU32,
+    captured: AtomicU32,
     /// The threads meet here around the rehearsal.
     meeting: std::sync::Barrier,
 }
@@ -96,15 +97,11 @@ fn live(
             return Err(error);
         }
     };
-    let link = standby.shared.link.clone();
-    link.slot(slot).prewarm_ns.store(now_ns() - begin, Ordering::Relaxed);
-    match standby.park_and_go(vcpu) {
-        Ok(code) => Ok(code),
-        Err(error) => {
-            tell(&link, slot, &error);
-            Err(error)
-        }
-    }
+    // An instance does without its parent's link: nothing here keeps it.
+    let link = Arc::downgrade(&standby.shared.link);
+    standby.shared.link.slot(slot).prewarm_ns.store(now_ns() - begin, Ordering::Relaxed);
+    let told = |error: &ForkError| link.upgrade().map(|link| tell(&link, slot, error));
+    standby.park_and_go(vcpu).inspect_err(|error| told(error).unwrap_or(()))
 }
 
 /// Leaves the error where the parent finds it, and fails the fork for all siblings.
@@ -213,7 +210,8 @@ fn prepare_with(
         link: link.clone(),
         slot,
         base,
-        stage: AtomicU32::new(0),
+        awake: AtomicU32::new(0),
+        captured: AtomicU32::new(0),
         meeting: Barrier::new(vcpus.len()),
     });
     let line = line.take().ok_or_else(|| failed(ForkCause::Died))?;
@@ -224,7 +222,7 @@ fn prepare_with(
     let mut leader = vcpus.next().ok_or_else(|| failed(ForkCause::Died))?;
     for vcpu in vcpus {
         let shared = shared.clone();
-        instance.spawn_vcpu(vcpu.index(), move || follow(&shared, vcpu)).map_err(failed)?;
+        instance.spawn_vcpu(vcpu.index(), move || follow(shared, vcpu)).map_err(failed)?;
     }
     rehearse::run(&mut leader, &shared.base.vcpus[0], rehearsing).map_err(failed)?;
     shared.meeting.wait();
@@ -263,15 +261,15 @@ impl Standby {
         shared.link.ring();
         let faults = self.park(&mut vcpu)?;
         slot.stamps.stamp(Moment::Awake);
-        shared.set_stage(1);
+        shared.signal(&shared.awake);
         let applied = self.apply_fork()?;
         slot.stamps.stamp(Moment::Applied);
-        shared.set_stage(2);
         if !shared.is_there(|block| &block.state_ready) {
             // The time would be spent waiting; so KVM's entry path is warm when it counts.
             vcpu.warm_up().map_err(ForkError::at(Step::RestoreState))?;
         }
         shared.wait(|block| &block.state_ready)?;
+        shared.signal(&shared.captured);
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
         let (rang, first_run_us) = (shared.rang(0), shared.first_run_us());
@@ -404,10 +402,10 @@ impl Shared {
         self.link.header().fault.check(step)
     }
 
-    fn set_stage(&self, stage: u32) {
-        self.stage.store(stage, Ordering::Release);
+    fn signal(&self, word: &AtomicU32) {
+        word.store(1, Ordering::Release);
         if self.base.vcpus.len() > 1 {
-            futex_wake(&self.stage);
+            futex_wake(word);
         }
     }
 
@@ -522,43 +520,48 @@ fn check(block: &link::ForkBlock, begin: u64) -> Result<(), ForkError> {
 }
 
 /// The life of a standby's vCPU other than the leader's.
-fn follow(shared: &Arc<Shared>, vcpu: Vcpu) {
+fn follow(shared: Arc<Shared>, mut vcpu: Vcpu) {
     let instance = shared.instance.clone();
-    if let Err(error) = follow_to_life(shared, vcpu) {
-        tell(&shared.link, shared.slot, &error);
-        if !instance.gate().quitting() {
-            std::process::exit(1);
+    match follow_to_life(&shared, &mut vcpu) {
+        Ok(action) => {
+            drop(shared);
+            instance.run_vcpu(vcpu, action);
+        }
+        Err(error) => {
+            tell(&shared.link, shared.slot, &error);
+            if !instance.gate().quitting() {
+                std::process::exit(1);
+            }
         }
     }
 }
 
-fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError> {
-    let failed = ForkError::at::<crate::kvm::KvmError>;
+fn follow_to_life(shared: &Shared, vcpu: &mut Vcpu) -> Result<Action, ForkError> {
     let instance = &shared.instance;
     let index = vcpu.index() as usize;
     let base = &shared.base.vcpus[index];
     let rehearsing = instance.config().rehearse;
-    rehearse::run(&mut vcpu, base, rehearsing).map_err(ForkError::at(Step::Prewarm))?;
+    rehearse::run(vcpu, base, rehearsing).map_err(ForkError::at(Step::Prewarm))?;
     // Everybody has stopped; the leader rolls memory back.
     shared.meeting.wait();
     shared.meeting.wait();
-    instance.prepare_thread(0);
+    let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
+    instance.prepare_thread(avoid);
     let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
-    while shared.stage.load(Ordering::Acquire) == 0 {
-        futex_wait(&shared.stage, 0, None);
-    }
-    let begin = now_ns();
-    while shared.stage.load(Ordering::Acquire) == 1 {
-        check(shared.link.fork(), begin)?;
-        if now_ns() - begin > SPIN_NS {
-            futex_wait(&shared.stage, 1, Some(Duration::from_millis(10)));
+    // Where there is a processor for it, it is awake when the state comes. Elsewhere it would take
+    // the leader's or the parent's.
+    if instance.spare_cpus(avoid) > index {
+        sleep_until_set(&shared.awake);
+        let begin = now_ns();
+        while shared.captured.load(Ordering::Acquire) == 0 && now_ns() - begin < SPIN_NS {
+            std::hint::spin_loop();
         }
     }
-    shared.wait(|block| &block.state_ready)?;
+    sleep_until_set(&shared.captured);
     shared.begin(Step::RestoreState)?;
     shared.wait(|block| &block.rest_ready)?;
     vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
-        .map_err(failed(Step::RestoreState))?;
+        .map_err(ForkError::at(Step::RestoreState))?;
     let (rang, first_run_us) = (shared.rang(index), shared.first_run_us());
     shared.consent()?;
     instance.gate().enter(index);
@@ -576,6 +579,11 @@ fn follow_to_life(shared: &Arc<Shared>, mut vcpu: Vcpu) -> Result<(), ForkError>
     let action = instance.after_exit(index, first);
     drop(alarm);
     instance.settle_thread();
-    instance.run_vcpu(vcpu, action);
-    Ok(())
+    Ok(action)
+}
+
+fn sleep_until_set(word: &AtomicU32) {
+    while word.load(Ordering::Acquire) == 0 {
+        futex_wait(word, 0, None);
+    }
 }

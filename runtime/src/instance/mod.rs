@@ -20,6 +20,7 @@ use uuid::Uuid;
 pub use control::Cradle;
 pub use gate::{Gate, Stopped};
 pub use root::run_root;
+pub(crate) use vcpu::Action;
 
 use crate::device::Answer;
 use crate::fork::{Engine, Identity, Link, Step, Zygote};
@@ -333,12 +334,17 @@ impl Instance {
         self.standby_cpus
     }
 
+    /// Number of processors for standbys besides `avoid` (1 + the processor).
+    #[must_use]
+    pub fn spare_cpus(&self, avoid: u32) -> usize {
+        (self.standby_cpus & !bit(avoid)).count_ones() as usize
+    }
+
     /// Prepares the calling thread for the critical moments of a standby: real-time priority where
     /// it is allowed, and the processors that the configuration names.
     /// `avoid` is 1 + a processor to keep away from.
     pub fn prepare_thread(&self, avoid: u32) {
-        let avoided = 1_u64.checked_shl(avoid.wrapping_sub(1)).unwrap_or(0);
-        let cpus = match self.standby_cpus & !avoided {
+        let cpus = match self.standby_cpus & !bit(avoid) {
             0 => self.standby_cpus,
             cpus => cpus,
         };
@@ -358,6 +364,11 @@ impl Instance {
         let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
         sys::set_affinity(cpus).unwrap_or(());
     }
+}
+
+/// The bit of a processor given as 1 + its number; none for 0.
+fn bit(cpu: u32) -> u64 {
+    1_u64.checked_shl(cpu.wrapping_sub(1)).unwrap_or(0)
 }
 
 /// Most steps of a program, for checks at the edge.
