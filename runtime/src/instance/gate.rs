@@ -185,6 +185,12 @@ impl Gate {
         }
     }
 
+    /// Sleeps for `time`, or less. Whoever stops vCPU `index` waits for it.
+    pub fn nap(&self, index: usize, time: Duration) {
+        let bell = &self.vcpus[index].bell;
+        futex_wait(bell, bell.load(Ordering::SeqCst), Some(time));
+    }
+
     /// Makes all blocked vCPUs look at their conditions again.
     pub fn unblock_all(&self) {
         for index in 0..self.vcpus.len() {

@@ -20,7 +20,7 @@ use crate::sys::now_ns;
 /// How long a fork waits for a standby to be made.
 const STANDBY_NS: u64 = 20_000_000_000;
 
-/// How long a vCPU spins for the engine before it blocks, and how often it looks from then on.
+/// How long a vCPU spins for the engine before it sleeps, and how often it looks from then on.
 const ENGINE_SPIN_NS: u64 = 50_000;
 const ENGINE_POLL: Duration = Duration::from_micros(100);
 
@@ -203,15 +203,18 @@ impl Instance {
     /// The engine, for a vCPU that has left the guest. Whoever has it may be forking, and waits for
     /// this vCPU to stop: so it waits like one that is blocked.
     fn engine_for(&self, vcpu: &mut Vcpu) -> MutexGuard<'_, Engine> {
+        let index = vcpu.index() as usize;
         let begin = now_ns();
         let mut saved = false;
         loop {
             if let Some(engine) = self.try_engine() {
                 return engine;
             }
-            if self.gate.is_closed() || now_ns() - begin > ENGINE_SPIN_NS {
+            if self.gate.is_closed() {
                 saved = saved || self.save(vcpu);
-                self.gate.block(vcpu.index() as usize, Some(ENGINE_POLL), || false);
+                self.gate.block(index, Some(ENGINE_POLL), || false);
+            } else if now_ns() - begin > ENGINE_SPIN_NS {
+                self.gate.nap(index, ENGINE_POLL);
             }
             std::hint::spin_loop();
         }
