@@ -253,7 +253,7 @@ impl Standby {
         let instance = shared.instance.clone();
         let slot = shared.link.slot(shared.slot);
         let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
-        instance.prepare_thread(avoid);
+        let urgent = instance.prepare_thread(avoid);
         let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
         slot.tid.store(sys::thread_id().cast_unsigned(), Ordering::Relaxed);
         slot.avoids.store(avoid, Ordering::Relaxed);
@@ -272,11 +272,13 @@ impl Standby {
         shared.signal(&shared.captured);
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
-        let (rang, first_run_us) = (shared.rang(0), shared.first_run_us());
+        let (rang, first_run_us) = (shared.rang(0), shared.first_run_us(urgent));
         shared.consent()?;
         instance.gate().enter(0);
-        // It cannot fail for a timer that exists, and the fork is decided.
-        alarm.set(first_run_us).unwrap_or(());
+        if let Some(us) = first_run_us {
+            // It cannot fail for a timer that exists, and the fork is decided.
+            alarm.set(us).unwrap_or(());
+        }
         slot.stamps.stamp(Moment::Entered);
         let first = vcpu.run();
         if rang {
@@ -424,10 +426,11 @@ impl Shared {
 
     /// How long a first run may take. A guest that does not leave by itself is made to: its thread
     /// has a standby's priority still, and somebody waits for a sign of life. After a doorbell the
-    /// guest reads the answer at once; when the host forks it may do anything.
-    fn first_run_us(&self) -> i64 {
+    /// guest reads the answer at once, and the kernel interrupts an urgent thread that runs for long;
+    /// when the host forks the guest may do anything.
+    fn first_run_us(&self, urgent: bool) -> Option<i64> {
         let from_host = self.link.fork().vcpu.load(Ordering::Relaxed) == 0;
-        if from_host { HOST_FIRST_RUN_US } else { FIRST_RUN_US }
+        if from_host { Some(HOST_FIRST_RUN_US) } else { (!urgent).then_some(FIRST_RUN_US) }
     }
 
     /// Whether a field of the fork block has the number of this standby's fork.
@@ -546,7 +549,7 @@ fn follow_to_life(shared: &Shared, vcpu: &mut Vcpu) -> Result<Action, ForkError>
     shared.meeting.wait();
     shared.meeting.wait();
     let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
-    instance.prepare_thread(avoid);
+    let urgent = instance.prepare_thread(avoid);
     let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
     // Where there is a processor for it, it is awake when the state comes. Elsewhere it would take
     // the leader's or the parent's.
@@ -562,11 +565,11 @@ fn follow_to_life(shared: &Shared, vcpu: &mut Vcpu) -> Result<Action, ForkError>
     shared.wait(|block| &block.rest_ready)?;
     vcpu.restore(&shared.link.read_fork().vcpus[index], Some(base))
         .map_err(ForkError::at(Step::RestoreState))?;
-    let (rang, first_run_us) = (shared.rang(index), shared.first_run_us());
+    let (rang, first_run_us) = (shared.rang(index), shared.first_run_us(urgent));
     shared.consent()?;
     instance.gate().enter(index);
     if rang {
-        alarm.set(first_run_us).unwrap_or(());
+        first_run_us.map_or(Ok(()), |us| alarm.set(us)).unwrap_or(());
     } else {
         // It may run for long: only the one that is waited for has priority.
         instance.settle_thread();

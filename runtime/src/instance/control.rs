@@ -316,7 +316,7 @@ impl Control<'_> {
         let doorbell_ns = now_ns();
         let instance = self.instance;
         self.arm().map_err(|error| failure(&error))?;
-        let forked = instance.fork_children(None, children, doorbell_ns, |_| self.rest());
+        let forked = instance.fork_children(None, children, doorbell_ns, |_| self.rest(), || ());
         let outcome = forked.and_then(|identities| {
             instance.gate().wait_resumed();
             instance.link().fork().stamps.raise(crate::fork::Moment::Resumed, now_ns());

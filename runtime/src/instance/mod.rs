@@ -6,6 +6,7 @@
 
 mod control;
 mod gate;
+mod haste;
 mod root;
 mod vcpu;
 
@@ -110,6 +111,7 @@ impl Instance {
             mask => mask,
         };
         let vcpus = birth.kicks.len();
+        haste::prepare();
         Ok(Arc::new(Self {
             ram,
             gate: Gate::new(birth.kicks.into_iter()),
@@ -342,24 +344,22 @@ impl Instance {
 
     /// Prepares the calling thread for the critical moments of a standby: real-time priority where
     /// it is allowed, and the processors that the configuration names.
-    /// `avoid` is 1 + a processor to keep away from.
-    pub fn prepare_thread(&self, avoid: u32) {
+    /// `avoid` is 1 + a processor to keep away from. Tells whether it has the priority; without
+    /// permission the thread stays as it is, and `runtime doctor` tells.
+    pub fn prepare_thread(&self, avoid: u32) -> bool {
         let cpus = match self.standby_cpus & !bit(avoid) {
             0 => self.standby_cpus,
             cpus => cpus,
         };
         // A mask that names no processor of this host is reported by the root instance.
         sys::set_affinity(cpus).unwrap_or(());
-        if self.config.realtime {
-            // Without permission the thread stays as it is; `runtime doctor` tells.
-            sys::set_policy(sys::Policy::Realtime).unwrap_or(());
-        }
+        self.config.realtime && haste::take()
     }
 
     /// Undoes [`Instance::prepare_thread`]: from here on the thread runs the guest like any other.
     pub fn settle_thread(&self) {
         if self.config.realtime {
-            sys::set_policy(sys::Policy::Normal).unwrap_or(());
+            haste::give_back();
         }
         let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
         sys::set_affinity(cpus).unwrap_or(());

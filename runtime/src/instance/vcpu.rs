@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Instance;
+use super::haste::Haste;
 use crate::device::Answer;
 use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
@@ -63,8 +64,9 @@ impl Instance {
     pub fn run_vcpu(&self, mut vcpu: Vcpu, first: Action) {
         let index = vcpu.index() as usize;
         let mut action = first;
+        let mut haste = Haste::default();
         loop {
-            self.act(&mut vcpu, action);
+            self.act(&mut vcpu, action, &mut haste);
             self.gate.disarm(index);
             if self.gate.quitting() {
                 return;
@@ -73,7 +75,9 @@ impl Instance {
                 return;
             }
             let exit = vcpu.run();
-            action = self.after_exit_at(index, exit, now_ns());
+            let now = now_ns();
+            haste.end();
+            action = self.after_exit_at(index, exit, now);
         }
     }
 
@@ -104,11 +108,13 @@ impl Instance {
         true
     }
 
-    fn act(&self, vcpu: &mut Vcpu, action: Action) {
+    fn act(&self, vcpu: &mut Vcpu, action: Action, haste: &mut Haste) {
         let index = vcpu.index() as usize;
         match action {
             Action::Continue => {}
-            Action::Fork { children, doorbell_ns } => self.fork(vcpu, children, doorbell_ns),
+            Action::Fork { children, doorbell_ns } => {
+                self.fork(vcpu, children, doorbell_ns, haste);
+            }
             Action::Announce { window_us } => self.announce(vcpu, window_us),
             Action::Drain => self.drain_ring(vcpu),
             Action::Park { seen } => {
@@ -234,7 +240,7 @@ impl Instance {
     }
 
     /// A fork that the guest asked for.
-    fn fork(&self, vcpu: &mut Vcpu, children: u32, doorbell_ns: u64) {
+    fn fork(&self, vcpu: &mut Vcpu, children: u32, doorbell_ns: u64, haste: &mut Haste) {
         let index = vcpu.index() as usize;
         let mut asked = false;
         let wait = |vcpu: &mut Option<&mut Vcpu>| {
@@ -248,7 +254,12 @@ impl Instance {
             let changed = || self.news.load(Ordering::SeqCst) != news;
             self.gate.block(index, Some(Duration::from_millis(50)), changed);
         };
-        let result = self.fork_children(Some(&mut *vcpu), children, doorbell_ns, wait);
+        let result = self.fork_children(Some(&mut *vcpu), children, doorbell_ns, wait, || {
+            // Other vCPUs have to run too, if only to stop.
+            if self.config.realtime && self.vcpus == 1 {
+                haste.begin();
+            }
+        });
         if let Err(error) = &result {
             self.engine_for(vcpu).forget_waiting();
             self.post(Event::Note { text: chain(error) });
@@ -260,7 +271,8 @@ impl Instance {
         self.link.fork().stamps.raise(Moment::Resumed, now_ns());
     }
 
-    /// Forks: waits for enough standbys by calling `wait` again and again, then takes the fork path.
+    /// Forks: waits for enough standbys by calling `wait` again and again, then calls `hurry` and
+    /// takes the fork path.
     ///
     /// # Errors
     ///
@@ -271,6 +283,7 @@ impl Instance {
         children: u32,
         doorbell_ns: u64,
         mut wait: impl FnMut(&mut Option<&mut Vcpu>),
+        hurry: impl FnOnce(),
     ) -> Result<Vec<crate::fork::Identity>, ForkError> {
         if children == 0 || children > port::MAX_CHILDREN {
             let cause = ForkCause::Children { requested: children, most: port::MAX_CHILDREN };
@@ -296,6 +309,7 @@ impl Instance {
             wait(&mut vcpu);
             engine = lock(&mut vcpu);
         }
+        hurry();
         match engine.fork(self, vcpu, doorbell_ns) {
             Ok(()) => {
                 let identities = engine.children();
