@@ -60,7 +60,7 @@ pub(super) fn workload(args: &WorkloadArgs, out: &mut dyn Write) -> Result<ExitC
     let known = workload::ALL.iter().find(|known| known.name == args.name);
     let known = known.with_context(|| format!("there is no workload {}", args.name))?;
     let &WorkloadArgs { warmup, forks, delay_us, bitmap, .. } = args;
-    workload::run(known, &Variant { warmup, forks, delay_us, bitmap }, out)?;
+    workload::run(known, &Variant { warmup, forks, delay_us, bitmap, ..Variant::default() }, out)?;
     Ok(ExitCode::SUCCESS)
 }
 

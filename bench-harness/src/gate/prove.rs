@@ -5,6 +5,7 @@
 //! more ioctl per fork (dirty pages from the bitmap instead of the ring).
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -95,7 +96,9 @@ fn compare(
 }
 
 fn batch(workload: &Workload, extent: &Extent, delay_us: u32) -> Result<Batch> {
-    let variant = Variant { warmup: 5, forks: extent.forks, delay_us, bitmap: false };
+    // Exact counts need more calm than times do.
+    let calm = Duration::from_millis(2);
+    let variant = Variant { warmup: 5, forks: extent.forks, delay_us, bitmap: false, calm };
     let forks = run(workload, &variant, None)?;
     let samples = forks.iter().map(|fork| fork.branch_us).collect();
     Ok(Batch { metrics: [("branch_us".to_owned(), samples)].into(), ..Batch::default() })

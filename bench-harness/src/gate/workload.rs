@@ -18,9 +18,6 @@ use uuid::Uuid;
 /// How long the guest spins before it forks, in µs: what its program's arrival set off in other
 /// threads is over by then, also under a tracer.
 const SETTLE_US: u64 = 2000;
-/// How long the parent is left alone before a fork: its standbys have taken in by then what it wrote
-/// while they were made.
-const CALM: Duration = Duration::from_millis(60);
 /// How long any answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -53,11 +50,15 @@ pub struct Variant {
     pub delay_us: u32,
     /// Dirty pages are read from the bitmap: one more ioctl per fork.
     pub bitmap: bool,
+    /// How long the parent is left alone before a fork: its standbys have taken in by then what it
+    /// wrote while they were made.
+    pub calm: Duration,
 }
 
 impl Default for Variant {
     fn default() -> Self {
-        Self { warmup: 4, forks: 12, delay_us: 0, bitmap: false }
+        let calm = Duration::from_millis(60);
+        Self { warmup: 4, forks: 12, delay_us: 0, bitmap: false, calm }
     }
 }
 
@@ -120,7 +121,7 @@ pub fn run(workload: &Workload, variant: &Variant, out: &mut dyn Write) -> Resul
         owner
             .ask(root, Request::Standbys { count: workload.children })
             .context("waiting for standbys")?;
-        std::thread::sleep(CALM);
+        std::thread::sleep(variant.calm);
         let forked = fork(&owner, (root, parent), workload, &program)?;
         if number >= variant.warmup {
             writeln!(out, "{}", serde_json::to_string(&forked)?)?;
