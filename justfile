@@ -73,7 +73,7 @@ lint:
 gate *ARGS: _kvm build
     {{ harness }} gate "$@"
 
-# What CI runs: lint, test
+# What CI runs: lint, test, gate
 [group('check')]
 [no-exit-message]
 ci:
@@ -89,6 +89,11 @@ ci:
     }
     part lint {{ just }} lint
     part test {{ just }} test --no-fail-fast
+    if [[ -e /dev/kvm ]]; then
+        part gate {{ just }} gate
+    else
+        printf '\n=== gate: NOT run: there is no /dev/kvm\n'
+    fi
 
 # Fail with one clear line where no virtual machine can be made
 [no-exit-message]

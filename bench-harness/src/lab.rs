@@ -41,7 +41,7 @@ use crate::session::{Lab, LabError, Progress, ScenarioRun};
 pub struct Options {
     /// Measures floor and baselines, too.
     pub compare: bool,
-    /// Touches free memory before the first scenario.
+    /// Touches free memory before each scenario.
     pub warm_memory: bool,
     /// For a test: what children are expected to have in memory is wrong.
     pub spoil_model: bool,
@@ -58,7 +58,6 @@ impl Default for Options {
 pub struct EngineLab {
     options: Options,
     comparisons: Comparisons,
-    warm: bool,
 }
 
 impl EngineLab {
@@ -67,7 +66,7 @@ impl EngineLab {
     #[must_use]
     pub fn new(options: Options) -> Self {
         host::catch_signals();
-        Self { options, comparisons: Comparisons::default(), warm: !options.warm_memory }
+        Self { options, comparisons: Comparisons::default() }
     }
 }
 
@@ -83,12 +82,12 @@ impl Lab for EngineLab {
         progress: &mut dyn Progress,
     ) -> Result<ScenarioRun, LabError> {
         host::go_on()?;
-        if !std::mem::replace(&mut self.warm, true) {
-            progress.phase("memory", 1);
-            host::warm_memory().map_err(Trouble::from)?;
-        }
         let backing = backing_kind(scenario);
         host::require_memory(memory_needed(scenario))?;
+        if self.options.warm_memory {
+            progress.phase("memory", 1);
+            host::warm_memory(memory_needed(scenario)).map_err(Trouble::from)?;
+        }
         let mut notes = Vec::new();
         // Put back when it is dropped: after everything that needs it.
         let _setting = host::provide(backing, scenario.memory_bytes(), &mut notes)?;

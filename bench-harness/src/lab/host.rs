@@ -19,9 +19,9 @@ const THP: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 /// Memory that is left to everybody else.
 const RESERVE_BYTES: u64 = 1 << 30;
-/// Memory that is touched ahead, at most, and the time for it.
-const WARM_BYTES: usize = 8 << 30;
-const WARM_TIME: Duration = Duration::from_secs(2);
+/// Memory that is touched ahead besides twice what a scenario needs, and the time for it.
+const WARM_BYTES: u64 = 1 << 30;
+const WARM_TIME: Duration = Duration::from_secs(4);
 /// Bytes of a huge page.
 const HUGE: u64 = 2 << 20;
 
@@ -50,11 +50,12 @@ pub(super) fn go_on() -> Result<(), Trouble> {
     if INTERRUPTED.load(Ordering::SeqCst) { Err(Trouble::Interrupted) } else { Ok(()) }
 }
 
-/// Touches free memory for 2 s at most: memory that this machine has not used since its start is
-/// about 60 times slower on its first touch, where the hypervisor below has to find it first.
-pub(super) fn warm_memory() -> Result<(), SysError> {
-    let free = usize::try_from(process::available_bytes() / 2).unwrap_or(0);
-    let bytes = free.min(WARM_BYTES) & !((2 << 20) - 1);
+/// Touches free memory for 4 s at most, before each scenario: memory that this machine has not used
+/// lately is 6 to 60 times slower on its first touch, where a hypervisor below takes free memory
+/// back and has to find it again.
+pub(super) fn warm_memory(needed: u64) -> Result<(), SysError> {
+    let wanted = (process::available_bytes() / 2).min(WARM_BYTES + 2 * needed);
+    let bytes = usize::try_from(wanted).unwrap_or(0) & !((2 << 20) - 1);
     if bytes == 0 {
         return Ok(());
     }

@@ -15,6 +15,26 @@ pub fn available_bytes() -> u64 {
         .map_or(0, |kib| kib * 1024)
 }
 
+/// Touches `bytes` of free memory and gives it back: what is allocated next is likely to be that.
+pub fn warm_free_memory(bytes: usize) {
+    use rustix::mm::{Advice, MapFlags, ProtFlags};
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // Twice, so that a whole huge page lies in it.
+    let room = 2 * bytes;
+    // SAFETY: a fresh anonymous mapping at an address that the kernel picks.
+    let start =
+        unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), room, protection, flags) };
+    let Ok(start) = start else { return };
+    // SAFETY: our own mapping; the advice is one, and does not change contents.
+    unsafe { rustix::mm::madvise(start, room, Advice::LinuxHugepage) }.unwrap_or(());
+    let aligned = start.wrapping_byte_add(start.align_offset(bytes));
+    // SAFETY: inside our own mapping, by its size. Without memory nothing is touched.
+    unsafe { rustix::mm::madvise(aligned, bytes, Advice::LinuxPopulateWrite) }.unwrap_or(());
+    // SAFETY: our own mapping, which nothing refers to.
+    unsafe { rustix::mm::munmap(start, room) }.unwrap_or(());
+}
+
 /// Reads `bytes` of another process's memory, at the same addresses as in this one, into place.
 ///
 /// # Safety

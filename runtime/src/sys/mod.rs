@@ -7,7 +7,7 @@ mod thread;
 
 use std::io;
 
-pub use memory::{available_bytes, copy_from_twin, unmap_pages};
+pub use memory::{available_bytes, copy_from_twin, unmap_pages, warm_free_memory};
 pub use process::{
     Forked, adopt, close_all_but, cpu_ns, cpu_ns_of, die_with_parent, fork, minor_faults,
     reap_children_automatically, set_process_name,
