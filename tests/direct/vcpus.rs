@@ -29,8 +29,8 @@ fn running() -> Result<()> {
     rig.run(rig.root, &[poke(a, 0), poke(b, 0)])?;
     rig.standbys(2)?;
     let counters = [
-        rig.begin(rig.root, 1, &[count(rig.ticks(600), a, 0)])?,
-        rig.begin(rig.root, 2, &[count(rig.ticks(600), b, 0)])?,
+        rig.begin(rig.root, 1, &[count(rig.ticks(2000), a, 0)])?,
+        rig.begin(rig.root, 2, &[count(rig.ticks(2000), b, 0)])?,
     ];
     let program = [
         pause(20_000),
@@ -39,7 +39,8 @@ fn running() -> Result<()> {
         fork(2, 10),
         peek(a, 2),
         peek(b, 3),
-        pause(30_000),
+        // Six vCPUs count on what may be two processors.
+        pause(400_000),
         peek(a, 4),
         peek(b, 5),
     ];

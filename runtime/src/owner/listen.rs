@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::epoll;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::state::Shared;
@@ -55,12 +55,11 @@ pub(super) fn start(shared: &Arc<Shared>, socket: OwnedFd) -> Result<(), SysErro
 fn run(shared: &Shared, socket: &OwnedFd) {
     let mut events = Vec::with_capacity(64);
     let mut buffer = vec![0_u8; MAX_MESSAGE];
-    let tick = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
     while !shared.state().stopped {
         events.clear();
         let room = rustix::buffer::spare_capacity(&mut events);
         // EINTR: look again.
-        epoll::wait(&shared.epoll, room, Some(&tick)).unwrap_or(0);
+        epoll::wait(&shared.epoll, room, None).unwrap_or(0);
         for event in &events {
             match event.data.u64() {
                 LISTENING => accept(shared, socket),
@@ -78,7 +77,7 @@ fn accept(shared: &Shared, socket: &OwnedFd) {
             .is_ok_and(|peer| peer.uid == rustix::process::geteuid());
         if ours {
             // Without a descriptor left the child sees its connection closed, and ends.
-            drop(shared.adopt(connection));
+            drop(shared.adopt(connection, false));
         }
     }
 }

@@ -112,7 +112,7 @@ impl Owner {
         self.roots().push(root);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
         listen::send(&ours, &request)?;
-        let number = self.shared.adopt(ours)?;
+        let number = self.shared.adopt(ours, true)?;
         let uuid = self.shared.wait("start of the instance", PATIENCE, |state| {
             // A short program may have ended, and its connection be closed.
             if let Some(uuid) = state.came_over(number) {
@@ -125,7 +125,8 @@ impl Owner {
                     .map(|(code, why)| Err(OwnerError::Ended { uuid: Uuid::nil(), code, why })),
                 None => Some(Err(OwnerError::Unknown(Uuid::nil()))),
             }
-        })??;
+        });
+        let uuid = uuid.flatten().inspect_err(|_| self.shared.closed_for_good(number))?;
         if let Some(root) = self.roots().iter_mut().find(|root| root.pid() == pid) {
             root.uuid = Some(uuid);
         }

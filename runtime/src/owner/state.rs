@@ -69,6 +69,7 @@ impl Known {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: Arc<OwnedFd>,
+    asked_for: bool,
     pub(super) uuid: Option<Uuid>,
     pub(super) exit: Option<(i32, Option<String>)>,
 }
@@ -152,18 +153,22 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Ends the listening thread.
     pub(super) fn stop(&self) {
         self.state().stopped = true;
+        rustix::io::write(&self.settling, &1_u64.to_ne_bytes()).unwrap_or(0);
     }
 
-    /// Listens to a connection from now on.
-    pub(super) fn adopt(&self, socket: OwnedFd) -> Result<u64, SysError> {
+    /// Listens to a connection from now on. What is known of one that is `asked_for` stays when it is
+    /// closed: somebody waits to hear whether it becomes an instance.
+    pub(super) fn adopt(&self, socket: OwnedFd, asked_for: bool) -> Result<u64, SysError> {
         let mut state = self.state();
         let number = state.next;
         state.next += 1;
         epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(number), epoll::EventFlags::IN)
             .map_err(SysError::new("epoll_ctl"))?;
-        let connection = Connection { socket: Arc::new(socket), uuid: None, exit: None };
+        let socket = Arc::new(socket);
+        let connection = Connection { socket, asked_for, uuid: None, exit: None };
         state.connections.insert(number, connection);
         Ok(number)
     }
@@ -230,13 +235,23 @@ impl Shared {
             epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
             if let Some(uuid) = connection.uuid {
                 state.end(uuid, self.memory);
-            } else {
+            } else if connection.asked_for {
                 let exit = connection.exit.clone().or(Some((137, None)));
                 state.connections.insert(number, Connection { exit, ..connection });
             }
         }
         drop(state);
         self.changed.notify_all();
+    }
+}
+
+impl Shared {
+    /// Nobody waits any more to hear what became of connection `number`.
+    pub(super) fn closed_for_good(&self, number: u64) {
+        if let Some(connection) = self.state().connections.remove(&number) {
+            // It is in the set only if the other end is still there.
+            epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
+        }
     }
 }
 
