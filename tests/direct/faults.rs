@@ -30,6 +30,7 @@ pub fn cases() -> Vec<Case> {
             step_fails(step, errnos)
         }));
     }
+    cases.push(Case::new("faults::the_guest_tries_again_at_once", again_at_once));
     cases.push(Case::new("faults::the_zygote_is_killed", zygote_killed));
     cases.push(Case::new("faults::a_parked_standby_is_killed", standby_killed));
     cases.push(Case::new("faults::a_fault_taken_back_does_nothing", taken_back));
@@ -65,6 +66,27 @@ fn step_fails(step: Step, errnos: &[u32]) -> Result<()> {
             works(&rig, children).context(what.clone())?;
             ready(&rig, step, 1)?;
             rig.settles_at(before, &what)?;
+        }
+    }
+    Ok(())
+}
+
+/// The guest rings again as soon as it has read of the failure: children of the fork that failed
+/// take no part in the next.
+fn again_at_once() -> Result<()> {
+    for step in [Step::CaptureState, Step::RestoreState, Step::Commit] {
+        let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+        for round in 0..8 {
+            rig.standbys(6)?;
+            rig.fault(Some(step), EIO)?;
+            let before = rig.owner.alive().len();
+            let results = rig.run(rig.root, &[fork(3, 10), fork(1, 10)])?;
+            let forked = Forked::read(&results, 10)?;
+            ensure!(forked.status == 0 && forked.children == 1, "round {round}: {forked:?}");
+            // Whoever should not live would have called by then.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            let made = rig.owner.alive().len() - before;
+            ensure!(made == 1, "{}, round {round}: {made} children live", step.name());
         }
     }
     Ok(())

@@ -53,6 +53,9 @@ pub(super) struct AbArgs {
     /// Write all units (JSON) and a plot per scenario and metric into this folder.
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Time by which each fork of the change is made slower, in µs.
+    #[arg(long, default_value_t = 0, hide = true)]
+    delay_us: u32,
 }
 
 /// Scenarios that are compared if nobody says which.
@@ -75,7 +78,17 @@ impl AbArgs {
             absolute_us,
             relative,
             out: None,
+            delay_us: 0,
         }
+    }
+
+    /// One scenario of those of the gate, with other coins, and a slower change. Thresholds stay
+    /// those of all.
+    pub(super) fn of_one(self, name: &str, seed: u64, delay_us: u32) -> Self {
+        let all = self.names.len();
+        #[expect(clippy::cast_precision_loss, reason = "a handful")]
+        let p = self.p / all as f64;
+        Self { names: vec![name.to_owned()], seed, delay_us, p, ..self }
     }
 
     /// The executables of base and change.
@@ -98,8 +111,18 @@ pub(super) fn compare(
     scenarios: Option<&Path>,
     out: &mut dyn Write,
 ) -> Result<bool> {
+    judged(args, scenarios, out).map(|(good, _)| good)
+}
+
+/// The same with the p50 of base, of the last scenario.
+pub(super) fn judged(
+    args: &AbArgs,
+    scenarios: Option<&Path>,
+    out: &mut dyn Write,
+) -> Result<(bool, f64)> {
     let sides = args.sides()?;
     let mut alarms = Vec::new();
+    let mut base_us = f64::NAN;
     for name in &args.names {
         let mut judgement = round(args, &sides, scenarios, (name, args.seed), out)?;
         if judgement.timing_alarm() && !judgement.exact_alarm() {
@@ -109,13 +132,14 @@ pub(super) fn compare(
         if judgement.timing_alarm() || judgement.exact_alarm() {
             alarms.push(name.as_str());
         }
+        base_us = judgement.metrics.first().map_or(f64::NAN, |metric| metric.a_us);
     }
     if alarms.is_empty() {
         writeln!(out, "no alarm")?;
-        return Ok(true);
+        return Ok((true, base_us));
     }
     writeln!(out, "ALARM: {}", alarms.join(", "))?;
-    Ok(false)
+    Ok((false, base_us))
 }
 
 /// One scenario once.
@@ -127,8 +151,9 @@ fn round(
     out: &mut dyn Write,
 ) -> Result<Judgement> {
     let plan = Plan { units: args.units, seed };
-    let side = |executable: &Path| batch(executable, scenarios, name, args.forks);
-    let units = interleave(&plan, || side(base), || side(change), |_, _| ())?;
+    let side =
+        |executable: &Path, delay_us| batch(executable, scenarios, name, (args.forks, delay_us));
+    let units = interleave(&plan, || side(base, 0), || side(change, args.delay_us), |_, _| ())?;
     let metrics: Vec<&str> = args.metrics.iter().map(String::as_str).collect();
     let thresholds =
         Thresholds { p: args.p, absolute_us: args.absolute_us, relative: args.relative };
@@ -150,9 +175,18 @@ fn round(
 }
 
 /// Measures one batch in a process of its own.
-fn batch(executable: &Path, scenarios: Option<&Path>, name: &str, forks: u32) -> Result<Batch> {
+fn batch(
+    executable: &Path,
+    scenarios: Option<&Path>,
+    name: &str,
+    (forks, delay_us): (u32, u32),
+) -> Result<Batch> {
     let mut command = Command::new(executable);
     command.args(["samples", name, "--forks", &forks.to_string()]);
+    if delay_us > 0 {
+        // Bases from before this option know of no delay.
+        command.args(["--delay-us", &delay_us.to_string()]);
+    }
     if let Some(path) = scenarios {
         command.arg("--scenarios").arg(path);
     }

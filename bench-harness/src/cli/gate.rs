@@ -49,8 +49,6 @@ pub(super) struct WorkloadArgs {
     warmup: u32,
     #[arg(long, default_value_t = Variant::default().forks)]
     forks: u32,
-    #[arg(long, default_value_t = 0)]
-    delay_us: u32,
     #[arg(long)]
     bitmap: bool,
 }
@@ -59,8 +57,8 @@ pub(super) struct WorkloadArgs {
 pub(super) fn workload(args: &WorkloadArgs, out: &mut dyn Write) -> Result<ExitCode> {
     let known = workload::ALL.iter().find(|known| known.name == args.name);
     let known = known.with_context(|| format!("there is no workload {}", args.name))?;
-    let &WorkloadArgs { warmup, forks, delay_us, bitmap, .. } = args;
-    workload::run(known, &Variant { warmup, forks, delay_us, bitmap, ..Variant::default() }, out)?;
+    let &WorkloadArgs { warmup, forks, bitmap, .. } = args;
+    workload::run(known, &Variant { warmup, forks, bitmap }, out)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -72,8 +70,14 @@ pub(super) fn gate(
     let repository = Repository::here()?;
     let file = repository.file(BUDGETS);
     if args.prove {
-        let extent = Extent { runs: args.runs, slower: args.slower, units: args.units, forks: 25 };
-        return Ok(code(prove(&extent, &read(&file)?, out)?));
+        let extent = Extent { runs: args.runs, slower: args.slower };
+        let own = std::env::current_exe().context("this program is gone")?;
+        let (_scratch, scenarios) = scenarios()?;
+        let proved = prove(&extent, &read(&file)?, out, |seed, delay_us, out| {
+            let args = AbArgs::new(own.clone(), own.clone(), args.units);
+            ab::judged(&args.of_one("quiet", seed, delay_us), Some(&scenarios), out)
+        })?;
+        return Ok(code(proved));
     }
     // From here on a signal ends this in good order: nothing that was made stays.
     drop(open_lab(Purpose::Batch)?);
@@ -134,6 +138,14 @@ fn record(file: &Path, out: &mut dyn Write) -> Result<bool> {
     Ok(good)
 }
 
+/// The scenarios of the comparison, as a file in a folder that is removed when it is dropped.
+fn scenarios() -> Result<(Scratch, PathBuf)> {
+    let scratch = Scratch::new()?;
+    let file = scratch.path().join("gate.toml");
+    std::fs::write(&file, SCENARIOS)?;
+    Ok((scratch, file))
+}
+
 /// Base against this executable.
 fn time(args: &GateArgs, repository: &Repository, out: &mut dyn Write) -> Result<bool> {
     let text = std::fs::read_to_string(repository.file(FILE))
@@ -150,9 +162,7 @@ fn time(args: &GateArgs, repository: &Repository, out: &mut dyn Write) -> Result
         return Ok(true);
     }
     let base = repository.build(&hash)?;
-    let scratch = Scratch::new()?;
-    let scenarios = scratch.path().join("gate.toml");
-    std::fs::write(&scenarios, SCENARIOS)?;
+    let (_scratch, scenarios) = scenarios()?;
     let change = std::env::current_exe().context("this program is gone")?;
     writeln!(out, "base {hash} against this executable, {} units", args.units)?;
     out.flush()?;

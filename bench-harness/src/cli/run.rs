@@ -52,6 +52,9 @@ pub(super) struct SamplesArgs {
     /// Forks before them that are not counted.
     #[arg(long, default_value_t = 5)]
     warmup: u32,
+    /// Time by which each fork is made slower, in µs.
+    #[arg(long, default_value_t = 0, hide = true)]
+    delay_us: u32,
 }
 
 pub(super) fn run(
@@ -111,6 +114,7 @@ pub(super) fn samples(
     let mut scenario = catalogue.get(&args.name)?.clone();
     scenario.forks = args.forks;
     scenario.warmup = args.warmup;
+    scenario.delay_us = args.delay_us;
     let run = open_lab(Purpose::Batch)?.run(&scenario, &mut Silent).map_err(without_layer)?;
     writeln!(out, "{}", serde_json::to_string(&batch(&run))?)?;
     Ok(ExitCode::SUCCESS)

@@ -139,7 +139,6 @@ pub fn run(workload: &Workload, variant: &Variant, trace: Option<&Path>) -> Resu
     };
     command.args(["workload", workload.name]);
     command.args(["--warmup", &variant.warmup.to_string(), "--forks", &variant.forks.to_string()]);
-    command.args(["--delay-us", &variant.delay_us.to_string()]);
     if variant.bitmap {
         command.arg("--bitmap");
     }

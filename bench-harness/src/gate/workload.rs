@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use guest_abi::entry::param_page;
 use guest_abi::param::{Header, op, who};
-use runtime::fork::{FAULT_DELAY, Step};
 use runtime::kvm::DirtyMode;
 use runtime::owner::Owner;
 use runtime::proto::{InstanceConfig, Request, WireStep};
@@ -18,6 +17,9 @@ use uuid::Uuid;
 /// How long the guest spins before it forks, in µs: what its program's arrival set off in other
 /// threads is over by then, also under a tracer.
 const SETTLE_US: u64 = 2000;
+/// How long the parent is left alone before a fork: its standbys have taken in by then what it wrote
+/// while they were made.
+const CALM: Duration = Duration::from_millis(60);
 /// How long any answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -46,19 +48,13 @@ pub struct Variant {
     pub warmup: u32,
     /// Forks that count.
     pub forks: u32,
-    /// Time by which each fork is made slower, in µs.
-    pub delay_us: u32,
     /// Dirty pages are read from the bitmap: one more ioctl per fork.
     pub bitmap: bool,
-    /// How long the parent is left alone before a fork: its standbys have taken in by then what it
-    /// wrote while they were made.
-    pub calm: Duration,
 }
 
 impl Default for Variant {
     fn default() -> Self {
-        let calm = Duration::from_millis(60);
-        Self { warmup: 4, forks: 12, delay_us: 0, bitmap: false, calm }
+        Self { warmup: 4, forks: 12, bitmap: false }
     }
 }
 
@@ -103,14 +99,6 @@ pub fn run(workload: &Workload, variant: &Variant, out: &mut dyn Write) -> Resul
     let words = owner.run(root, &[all(op::PEEK, khz), all(op::FILL, 7)])?;
     let ticks = words.first().copied().unwrap_or(0) / 1000 * SETTLE_US;
     owner.ask(root, Request::Arm).context("arming")?;
-    if variant.delay_us > 0 {
-        let fault = Request::Fault {
-            step: Some(Step::Wake),
-            errno: FAULT_DELAY,
-            delay_us: variant.delay_us,
-        };
-        owner.ask(root, fault).context("making forks slower")?;
-    }
     // The child gives its other vCPUs time for their first run.
     let program = [
         all(op::SPIN, ticks),
@@ -121,7 +109,7 @@ pub fn run(workload: &Workload, variant: &Variant, out: &mut dyn Write) -> Resul
         owner
             .ask(root, Request::Standbys { count: workload.children })
             .context("waiting for standbys")?;
-        std::thread::sleep(variant.calm);
+        std::thread::sleep(CALM);
         let forked = fork(&owner, (root, parent), workload, &program)?;
         if number >= variant.warmup {
             writeln!(out, "{}", serde_json::to_string(&forked)?)?;

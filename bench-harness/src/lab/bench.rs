@@ -97,6 +97,9 @@ impl<'a> Bench<'a> {
             rig.leave(guest.uuid, vcpu, &restless(&guest, u64::from(vcpu - 1)))?;
         }
         rig.arm(guest.uuid)?;
+        if scenario.delay_us > 0 {
+            rig.delay(guest.uuid, scenario.delay_us)?;
+        }
         rig.ready(guest.uuid, scenario.children_per_fork)?;
         let mut run =
             ScenarioRun { page_bytes: Some(page_bytes(backing)), ..ScenarioRun::default() };

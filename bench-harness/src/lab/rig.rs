@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use guest_abi::entry::param_page;
 use guest_abi::param::{Header, op, who};
-use runtime::fork::ForkReport;
+use runtime::fork::{FAULT_DELAY, ForkReport, Step};
 use runtime::owner::{Owner, OwnerError};
 use runtime::proto::{InstanceConfig, Request, WireStep};
 use rustix::process::{Pid, Signal};
@@ -91,6 +91,12 @@ impl Rig {
     /// Makes an instance forkable.
     pub(super) fn arm(&self, uuid: Uuid) -> Result<(), Trouble> {
         self.ask(uuid, Request::Arm, "arming an instance")
+    }
+
+    /// Makes each fork of an instance slower.
+    pub(super) fn delay(&self, uuid: Uuid, us: u32) -> Result<(), Trouble> {
+        let fault = Request::Fault { step: Some(Step::Wake), errno: FAULT_DELAY, delay_us: us };
+        self.ask(uuid, fault, "making forks slower")
     }
 
     /// Has an instance keep `count` standbys, and waits until they are ready.

@@ -154,7 +154,10 @@ impl Engine {
         };
         self.wants_round = self.capture.is_some() && !fits;
         self.drop_dead(link, children);
-        if !fits || self.ready.len() < children {
+        // Children of a fork that failed look at the same words as those of the next: they have to
+        // be gone before.
+        let haunted = self.flights.iter().any(Flight::is_haunted);
+        if !fits || haunted || self.ready.len() < children {
             self.wanted = children;
             return Ok(false);
         }
@@ -405,6 +408,11 @@ impl Engine {
 }
 
 impl Flight {
+    /// Whether it failed, and a process of it may be left.
+    fn is_haunted(&self) -> bool {
+        self.report.failed.is_some() && !self.handles.is_empty()
+    }
+
     fn collect(&mut self, link: &Link) {
         if !self.decided {
             return;

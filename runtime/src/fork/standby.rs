@@ -117,13 +117,17 @@ fn tell(link: &Link, slot: usize, error: &ForkError) {
 
 /// Decides that no child of the fork under way runs, unless all have agreed that they do.
 pub(super) fn fail(link: &Link, step: Step, errno: i32) {
-    let decision = &link.fork().decision;
+    let block = link.fork();
+    let decision = &block.decision;
     let failed = decision::failed(step as u32, errno);
     // If it was decided already, that stands.
     decision
         .compare_exchange(decision::OPEN, failed, Ordering::AcqRel, Ordering::Acquire)
         .unwrap_or(failed);
-    futex_wake(decision);
+    // Whatever a child waits for.
+    for word in [decision, &block.pages_ready, &block.state_ready, &block.rest_ready] {
+        futex_wake(word);
+    }
 }
 
 /// A standby, seen from its leader: the thread of vCPU 0.
@@ -279,6 +283,7 @@ impl Standby {
             // It cannot fail for a timer that exists, and the fork is decided.
             alarm.set(us).unwrap_or(());
         }
+        instance.renew_priority();
         slot.stamps.stamp(Moment::Entered);
         let first = vcpu.run();
         if rang {

@@ -317,19 +317,7 @@ impl Control<'_> {
         let instance = self.instance;
         self.arm().map_err(|error| failure(&error))?;
         let forked = instance.fork_children(None, children, doorbell_ns, |_| self.rest(), || ());
-        let outcome = forked.and_then(|identities| {
-            instance.gate().wait_resumed();
-            instance.link().fork().stamps.raise(crate::fork::Moment::Resumed, now_ns());
-            let mut engine = instance.engine();
-            engine.conclude(instance);
-            match engine.last_failure() {
-                None => Ok(identities),
-                Some((step, errno)) => {
-                    Err(ForkError { step, cause: crate::fork::ForkCause::Child { errno } })
-                }
-            }
-        });
-        match outcome {
+        match forked {
             Ok(identities) => {
                 let uuid = |identity: &crate::fork::Identity| Uuid::from_bytes(identity.uuid);
                 Ok(Reply::Forked { children: identities.iter().map(uuid).collect() })

@@ -33,7 +33,7 @@ const SPIN_NS: u64 = 100_000;
 /// The threads of an instance's vCPUs.
 #[derive(Debug)]
 pub struct Gate {
-    /// vCPUs stop at the gate while this is set.
+    /// How many want it closed: vCPUs stop at the gate while this is not 0.
     closed: AtomicU32,
     /// Futex: changes when a vCPU stops.
     stops: AtomicU32,
@@ -88,6 +88,10 @@ impl Gate {
         let seat = &self.vcpus[index];
         seat.tid.store(sys::thread_id(), Ordering::Release);
         seat.state.store(RUNNING, Ordering::SeqCst);
+        if self.is_closed() {
+            // Whoever closed it did not know of this thread.
+            seat.kick.arm();
+        }
     }
 
     /// Whether the instance is to end.
@@ -139,12 +143,22 @@ impl Gate {
     /// Stops at the closed gate. The state has been saved.
     pub fn stop_here(&self, index: usize) {
         let seat = &self.vcpus[index];
-        seat.state.store(STOPPED, Ordering::SeqCst);
-        self.announce_stop();
-        while self.is_closed() && !self.quitting() {
-            futex_wait(&self.closed, 1, None);
+        loop {
+            seat.state.store(STOPPED, Ordering::SeqCst);
+            self.announce_stop();
+            loop {
+                let closed = self.closed.load(Ordering::SeqCst);
+                if closed == 0 || self.quitting() {
+                    break;
+                }
+                futex_wait(&self.closed, closed, None);
+            }
+            seat.state.store(RUNNING, Ordering::SeqCst);
+            // Whoever closed it again meanwhile may have taken this vCPU for stopped.
+            if !self.is_closed() || self.quitting() {
+                return;
+            }
         }
-        seat.state.store(RUNNING, Ordering::SeqCst);
     }
 
     fn announce_stop(&self) {
@@ -208,7 +222,7 @@ impl Gate {
     /// Stops every vCPU but `own` and returns when all have stopped and saved their state.
     /// `None` if they did not within `timeout`; they are let go then.
     pub fn stop(&self, own: Option<usize>, timeout: Duration) -> Option<Stopped<'_>> {
-        self.closed.store(1, Ordering::SeqCst);
+        self.closed.fetch_add(1, Ordering::SeqCst);
         let stopped = Stopped { gate: self, others: self.others(own).next().is_some() };
         for (_, seat) in self.others(own) {
             let state = &seat.state;
@@ -257,7 +271,9 @@ impl Gate {
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         let gate = self.gate;
-        gate.closed.store(0, Ordering::SeqCst);
+        if gate.closed.fetch_sub(1, Ordering::SeqCst) > 1 {
+            return;
+        }
         for seat in &gate.vcpus {
             let held =
                 seat.state.compare_exchange(HELD, BLOCKED, Ordering::SeqCst, Ordering::SeqCst);

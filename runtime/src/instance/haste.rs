@@ -22,6 +22,13 @@ impl Haste {
         self.on = take();
     }
 
+    /// Before the guest is entered: it has the whole of the limit.
+    pub(super) fn renew(&self) {
+        if self.on {
+            renew();
+        }
+    }
+
     /// Gives it back.
     pub(super) fn end(&mut self) {
         if std::mem::take(&mut self.on) {
@@ -38,6 +45,11 @@ pub(super) fn prepare() {
 /// Puts the calling thread under real-time priority, if that is allowed.
 pub(super) fn take() -> bool {
     sys::set_policy(Policy::Realtime).is_ok()
+}
+
+/// Before a thread that has the priority enters the guest.
+pub(super) fn renew() {
+    sys::renew_realtime_limit(LIMIT_US);
 }
 
 /// Puts it back.

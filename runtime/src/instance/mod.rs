@@ -356,6 +356,11 @@ impl Instance {
         self.config.realtime && haste::take()
     }
 
+    /// Before a thread so prepared enters the guest.
+    pub fn renew_priority(&self) {
+        haste::renew();
+    }
+
     /// Undoes [`Instance::prepare_thread`]: from here on the thread runs the guest like any other.
     pub fn settle_thread(&self) {
         if self.config.realtime {

@@ -211,7 +211,11 @@ pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, Fork
     let sealed = image.seal().map_err(|error| at(error.into()))?;
     let adopted = keeper.zygote().adopt(&sealed);
     instance.keep_sealed(sealed);
-    adopted.map_err(at)?;
+    match adopted {
+        // The keeper raises another one when it needs it.
+        Ok(()) | Err(ForkCause::ZygoteGone) => {}
+        Err(cause) => return Err(at(cause)),
+    }
     let mut engine = instance.engine();
     engine.arm(instance).map_err(at)?;
     drop(engine);

@@ -1,5 +1,6 @@
 //! The life of a vCPU thread: run the guest, serve its exits, stop at the gate.
 
+use std::mem::ManuallyDrop;
 use std::sync::MutexGuard;
 use std::time::Duration;
 
@@ -61,7 +62,9 @@ impl Instance {
     }
 
     /// Runs a vCPU until the instance ends. `first` is what its last exit asked for.
-    pub fn run_vcpu(&self, mut vcpu: Vcpu, first: Action) {
+    pub fn run_vcpu(&self, vcpu: Vcpu, first: Action) {
+        // Never dropped: others may reach for its kick for as long as the process lives.
+        let mut vcpu = ManuallyDrop::new(vcpu);
         let index = vcpu.index() as usize;
         let mut action = first;
         let mut haste = Haste::default();
@@ -74,6 +77,7 @@ impl Instance {
             if self.gate.is_closed() && !self.stop(&mut vcpu) {
                 return;
             }
+            haste.renew();
             let exit = vcpu.run();
             let now = now_ns();
             haste.end();
@@ -246,10 +250,11 @@ impl Instance {
         let wait = |vcpu: &mut Option<&mut Vcpu>| {
             let news = self.news.load(Ordering::SeqCst);
             if !asked && let Some(vcpu) = vcpu {
-                // Once: the control thread knows from here on, and tells when there is news.
+                // Once: it does not change while this vCPU waits.
                 asked = self.save(vcpu);
-                self.link.ring();
             }
+            // Each time: what was asked for may have gone to somebody else.
+            self.link.ring();
             // The root is armed meanwhile, for which all vCPUs have to be stopped.
             let changed = || self.news.load(Ordering::SeqCst) != news;
             self.gate.block(index, Some(Duration::from_millis(50)), changed);
@@ -316,8 +321,18 @@ impl Instance {
                 if let Some(own) = own {
                     // While nobody else can conclude the fork.
                     self.set_answer(own, Answer::parent(&self.identity, &identities));
+                    return Ok(identities);
                 }
-                Ok(identities)
+                // The host asks once, and hears how it ended: before anybody else forks.
+                self.gate.wait_resumed();
+                self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+                engine.conclude(self);
+                match engine.last_failure() {
+                    None => Ok(identities),
+                    Some((step, errno)) => {
+                        Err(ForkError { step, cause: ForkCause::Child { errno } })
+                    }
+                }
             }
             Err(error) => {
                 engine.abort(self, &error);

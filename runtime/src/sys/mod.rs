@@ -15,7 +15,8 @@ pub use process::{
 pub use socket::{receive, send, socket_pair};
 pub use thread::{
     KickTimer, Policy, affinity, current_cpu, futex_wait, futex_wake, install_kick_handler, kick,
-    kick_signal, limit_realtime, set_affinity, set_affinity_of, set_policy, thread_id,
+    kick_signal, limit_realtime, renew_realtime_limit, set_affinity, set_affinity_of, set_policy,
+    thread_id,
 };
 
 /// A system call that failed.

@@ -1,7 +1,7 @@
 //! Threads: waiting for each other, being stopped, where and how they run.
 #![expect(unsafe_code, reason = "signals, timers and scheduling have no safe wrapper")]
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use rustix::thread::futex;
@@ -41,11 +41,17 @@ pub fn kick_signal() -> i32 {
 /// What sigaction(2) says.
 pub fn install_kick_handler() -> Result<(), SysError> {
     extern "C" fn ignore(_: libc::c_int) {}
+    extern "C" fn note(_: libc::c_int) {
+        REALTIME_LIMIT_HIT.store(true, Ordering::Relaxed);
+    }
     // SAFETY: an all-zero sigaction is a valid value: no flags, empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
-    for signal in [kick_signal(), libc::SIGXCPU] {
-        // SAFETY: `action` is initialised; the handler only returns, which is async-signal-safe.
+    let ignore = ignore as extern "C" fn(libc::c_int) as usize;
+    let note = note as extern "C" fn(libc::c_int) as usize;
+    for (signal, handler) in [(kick_signal(), ignore), (libc::SIGXCPU, note)] {
+        action.sa_sigaction = handler;
+        // SAFETY: `action` is initialised; the handlers store to an atomic at most, which is
+        // async-signal-safe.
         let result = unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
         if result < 0 {
             return Err(SysError::last("sigaction"));
@@ -93,6 +99,16 @@ pub fn set_policy(policy: Policy) -> Result<(), SysError> {
     // SAFETY: `param` is a valid sched_param and thread 0 is the caller.
     let result = unsafe { libc::sched_setscheduler(0, policy, &raw const param) };
     if result < 0 { Err(SysError::last("sched_setscheduler")) } else { Ok(()) }
+}
+
+/// Whether the kernel has interrupted a thread since [`limit_realtime`], and so raised the limit.
+static REALTIME_LIMIT_HIT: AtomicBool = AtomicBool::new(false);
+
+/// Sets the limit anew if it was hit: the next one would be a second away.
+pub fn renew_realtime_limit(us: u64) {
+    if REALTIME_LIMIT_HIT.swap(false, Ordering::Relaxed) {
+        limit_realtime(us);
+    }
 }
 
 /// Makes the kernel interrupt a thread of this process that has run for `us` under `SCHED_FIFO`
