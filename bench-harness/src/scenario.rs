@@ -156,7 +156,7 @@ pub struct Scenario {
     #[serde(default)]
     pub announce_us: u32,
     /// Time by which each fork is made slower, in µs: for the proof of the gate (0).
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default)]
     pub delay_us: u32,
     /// Whether sync rounds run while the standby is parked (true).
     #[serde(default = "yes")]
@@ -198,10 +198,6 @@ fn default_check_pages() -> u32 {
 
 fn one() -> u32 {
     1
-}
-
-fn is_zero(value: &u32) -> bool {
-    *value == 0
 }
 
 fn yes() -> bool {
