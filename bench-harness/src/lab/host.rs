@@ -21,7 +21,7 @@ const POOL: &str = "/proc/sys/vm/nr_hugepages";
 const RESERVE_BYTES: u64 = 1 << 30;
 /// Memory that is touched ahead besides twice what a scenario needs, and the time for it.
 const WARM_BYTES: u64 = 1 << 30;
-const WARM_TIME: Duration = Duration::from_secs(4);
+const WARM_TIME: Duration = Duration::from_secs(2);
 /// Bytes of a huge page.
 const HUGE: u64 = 2 << 20;
 
@@ -50,7 +50,7 @@ pub(super) fn go_on() -> Result<(), Trouble> {
     if INTERRUPTED.load(Ordering::SeqCst) { Err(Trouble::Interrupted) } else { Ok(()) }
 }
 
-/// Touches free memory for 4 s at most, before each scenario: memory that this machine has not used
+/// Touches free memory for 2 s at most, before each scenario: memory that this machine has not used
 /// lately is 6 to 60 times slower on its first touch, where a hypervisor below takes free memory
 /// back and has to find it again.
 pub(super) fn warm_memory(needed: u64) -> Result<(), SysError> {
