@@ -11,7 +11,8 @@
 //! | the same | plain write: fault, copy of the stale page, then ours | 5.1 |
 #![expect(unsafe_code, reason = "copies between the journal and guest memory")]
 
-use std::ptr::NonNull;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::link::Link;
 use super::step::ForkCause;
@@ -20,56 +21,61 @@ use crate::memory::{BackingKind, Mapping, MemoryError, PAGE, prefetch_page};
 use crate::sys::{self, SysError};
 
 /// Pages unmapped with one call.
-const BATCH: usize = 512;
+const BATCH: usize = 128;
 
-/// A set of pages.
-#[derive(Clone, Debug)]
+/// A set of pages, for several threads.
+#[derive(Debug)]
 pub struct PageBits {
-    words: Vec<u64>,
-    len: usize,
+    words: Box<[AtomicU64]>,
+    len: AtomicUsize,
 }
 
 impl PageBits {
     /// The empty set of pages of `mapping`.
     #[must_use]
     pub fn new(mapping: &Mapping) -> Self {
-        Self { words: vec![0; (mapping.bytes() / PAGE).div_ceil(64)], len: 0 }
+        let words = Box::new_zeroed_slice((mapping.bytes() / PAGE).div_ceil(64));
+        // SAFETY: zeroes are valid atomics. They come untouched from the kernel: a set takes memory
+        // for its members, not for all there could be.
+        Self { words: unsafe { words.assume_init() }, len: AtomicUsize::new(0) }
     }
 
     /// Takes the page faults of using it now, unless it is large.
-    fn populate(&mut self) {
+    fn populate(&self) {
         const MOST: usize = 16 * PAGE / size_of::<u64>();
-        for word in self.words.iter_mut().take(MOST).step_by(PAGE / size_of::<u64>()) {
-            // A plain write of zero to zeroed memory would be optimised out.
-            *std::hint::black_box(word) = 0;
+        for word in self.words.iter().take(MOST).step_by(PAGE / size_of::<u64>()) {
+            word.fetch_or(0, Ordering::Relaxed);
         }
     }
 
-    /// Adds `page`; tells whether it was there.
-    pub fn insert(&mut self, page: u32) -> bool {
-        let Some(word) = self.words.get_mut(page as usize / 64) else { return false };
+    /// Adds `page`.
+    pub fn insert(&self, page: u32) {
+        let Some(word) = self.words.get(page as usize / 64) else { return };
         let bit = 1 << (page % 64);
-        let known = *word & bit != 0;
-        *word |= bit;
-        self.len += usize::from(!known);
-        known
+        if word.load(Ordering::Relaxed) & bit == 0
+            && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
+        {
+            self.len.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Number of its pages.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.len.load(Ordering::Relaxed)
     }
 
     /// Whether `page` is in the set.
     #[must_use]
     pub fn contains(&self, page: u32) -> bool {
-        self.words.get(page as usize / 64).is_some_and(|word| word >> (page % 64) & 1 == 1)
+        let word = self.words.get(page as usize / 64);
+        word.is_some_and(|word| word.load(Ordering::Relaxed) >> (page % 64) & 1 == 1)
     }
 
     /// Its pages in order.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        (0_u32..).zip(&self.words).filter(|(_, word)| **word != 0).flat_map(|(index, word)| {
+        let words = self.words.iter().map(|word| word.load(Ordering::Relaxed));
+        (0_u32..).zip(words).filter(|(_, word)| *word != 0).flat_map(|(index, word)| {
             (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| index * 64 + bit)
         })
     }
@@ -113,17 +119,30 @@ pub fn apply_plainly(
     Ok(())
 }
 
-/// Writes journal entries to the mapping of a standby, which knows which pages are private to it.
+/// Writes journal entries to the mapping of a standby, and knows which pages are private to that.
+/// Several threads may, each with a [`Hand`] of its own.
 #[derive(Debug)]
 pub struct Applier {
     uffd: Option<Uffd>,
     private: PageBits,
     /// Pages that its zygote owned when the standby was forked: mapped, and shared with it.
     inherited: PageBits,
-    /// Whether many pages can be unmapped with one call (Linux 6.13).
-    unmaps: bool,
+}
+
+/// What one thread that applies has put aside.
+#[derive(Debug)]
+pub struct Hand {
+    /// Entries and their pages, which are shared with the zygote still.
     shared: Vec<(u32, u32)>,
-    ranges: Vec<(NonNull<u8>, usize)>,
+    ranges: Vec<libc::iovec>,
+}
+
+impl Hand {
+    /// With nothing in it.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { shared: Vec::with_capacity(BATCH), ranges: Vec::with_capacity(BATCH) }
+    }
 }
 
 impl Applier {
@@ -131,31 +150,24 @@ impl Applier {
     /// shared with its zygote.
     #[must_use]
     pub fn new(mapping: &Mapping, inherited: PageBits) -> Self {
-        let mut private = PageBits::new(mapping);
+        let private = PageBits::new(mapping);
         private.populate();
         // A huge page is copied as a whole or not at all, so filling 4 KiB of it is no use there.
         let uffd = match mapping.kind() {
             BackingKind::Hugetlb => None,
             BackingKind::Small | BackingKind::Thp => Uffd::new(mapping).ok(),
         };
-        Self {
-            unmaps: uffd.is_some(),
-            uffd,
-            private,
-            inherited,
-            shared: Vec::with_capacity(BATCH),
-            ranges: Vec::with_capacity(BATCH),
-        }
+        Self { uffd, private, inherited }
     }
 
     /// Makes `page` private ahead of the fork.
-    pub fn touch(&mut self, mapping: &Mapping, page: u32) {
+    pub fn touch(&self, mapping: &Mapping, page: u32) {
         mapping.touch(page);
         self.private.insert(page);
     }
 
     /// Notes that `page` was written by the guest and so is private.
-    pub fn note(&mut self, page: u32) {
+    pub fn note(&self, page: u32) {
         self.private.insert(page);
     }
 
@@ -164,70 +176,65 @@ impl Applier {
         self.private.iter()
     }
 
-    /// Applies journal entries `from..to`.
+    /// Applies journal entries `from..to`, except for what it puts aside in `hand` until
+    /// [`Applier::finish`].
     ///
     /// # Errors
     ///
     /// A page number beyond the image, or what `UFFDIO_COPY` says. The mapping is of no use then.
     pub fn apply(
-        &mut self,
+        &self,
+        hand: &mut Hand,
         link: &Link,
         mapping: &Mapping,
-        from: u32,
-        to: u32,
+        entries: Range<u32>,
     ) -> Result<Applied, ForkCause> {
         let mut applied = Applied::default();
-        for entry in from..to {
+        for entry in entries.clone() {
             let page = page_of(link, mapping, entry)?;
             applied.pages += 1;
-            if entry + 1 < to {
+            if entry + 1 < entries.end {
                 prefetch_page(link.contents(entry as usize + 1));
             }
             if self.private.contains(page) {
                 applied.private += 1;
                 // SAFETY: a page of the journal, which lies in another mapping.
                 unsafe { mapping.copy_in(page, link.contents(entry as usize)) };
-            } else if self.unmaps && self.inherited.contains(page) {
-                self.shared.push((entry, page));
-                if self.shared.len() == BATCH {
-                    self.replace_shared(link, mapping)?;
+            } else if self.uffd.is_some() && self.inherited.contains(page) {
+                hand.shared.push((entry, page));
+                if hand.shared.len() == BATCH {
+                    self.finish(hand, link, mapping)?;
                 }
             } else {
                 self.fill(link, mapping, entry, page)?;
             }
         }
-        self.replace_shared(link, mapping)?;
         Ok(applied)
     }
 
     /// Gives the pages that were put aside new contents.
-    fn replace_shared(&mut self, link: &Link, mapping: &Mapping) -> Result<(), ForkCause> {
-        if self.shared.is_empty() {
+    ///
+    /// # Errors
+    ///
+    /// As [`Applier::apply`].
+    pub fn finish(&self, hand: &mut Hand, link: &Link, mapping: &Mapping) -> Result<(), ForkCause> {
+        if hand.shared.is_empty() {
             return Ok(());
         }
-        self.ranges.clear();
-        self.ranges.extend(self.shared.iter().map(|(_, page)| (mapping.page(*page), PAGE)));
+        hand.ranges.clear();
+        hand.ranges.extend(hand.shared.iter().map(|(_, page)| mapping.iovec(*page)));
+        // Before Linux 6.13 it cannot be done: a plain write takes longer, but does as well.
         // SAFETY: pages of our own private mapping. Until they are filled below they show what the
-        // image has, which nobody sees: no vCPU runs.
-        if unsafe { sys::unmap_pages(&self.ranges) }.is_err() {
-            self.unmaps = false;
-        }
-        for index in 0..self.shared.len() {
-            let (entry, page) = self.shared[index];
+        // image has, which nobody sees: no vCPU runs, and who applies the same page fills it too.
+        unsafe { sys::unmap_pages(&hand.ranges) }.unwrap_or(());
+        for (entry, page) in hand.shared.drain(..) {
             self.fill(link, mapping, entry, page)?;
         }
-        self.shared.clear();
         Ok(())
     }
 
     /// Gives a page that is not private yet new contents.
-    fn fill(
-        &mut self,
-        link: &Link,
-        mapping: &Mapping,
-        entry: u32,
-        page: u32,
-    ) -> Result<(), ForkCause> {
+    fn fill(&self, link: &Link, mapping: &Mapping, entry: u32, page: u32) -> Result<(), ForkCause> {
         let contents = link.contents(entry as usize);
         self.private.insert(page);
         if let Some(uffd) = &self.uffd {
@@ -246,7 +253,7 @@ impl Applier {
 
 /// The page that a journal entry is about.
 fn page_of(link: &Link, mapping: &Mapping, entry: u32) -> Result<u32, ForkCause> {
-    let page = link.number(entry as usize).load(std::sync::atomic::Ordering::Relaxed);
+    let page = link.number(entry as usize).load(Ordering::Relaxed);
     if (page as usize) < mapping.bytes() / PAGE {
         return Ok(page);
     }

@@ -12,7 +12,7 @@ use super::capture::Capture;
 use super::link::{Base, ForkBlock, Identity, Link, decision, word};
 use super::path;
 use super::report::{ChildReport, ForkReport};
-use super::standby;
+use super::shared::fail;
 use super::step::{ForkCause, ForkError, Moment, Step};
 use crate::instance::Instance;
 use crate::kvm::DirtyLog;
@@ -204,6 +204,7 @@ impl Engine {
         block.stamps.clear();
         block.stamps.put(Moment::Doorbell, doorbell_ns);
         if let Some(capture) = &self.capture {
+            block.first.store(capture.head(), Ordering::Relaxed);
             capture.publish(link);
         }
         for (index, handle) in (1_u32..).zip(children) {
@@ -250,7 +251,7 @@ impl Engine {
 
     /// Gives the fork under way up because of `error`.
     pub fn abort(&mut self, instance: &Instance, error: &ForkError) {
-        standby::fail(instance.link(), error.step, error.cause.errno());
+        fail(instance.link(), error.step, error.cause.errno());
         self.conclude(instance);
     }
 
@@ -381,7 +382,7 @@ impl Engine {
         if link.fork().decision.load(Ordering::Acquire) != decision::OPEN {
             self.conclude(instance);
         } else if let Some(step) = self.flight_died(link) {
-            standby::fail(link, step, libc::ECHILD);
+            fail(link, step, libc::ECHILD);
             self.conclude(instance);
         }
         for flight in &mut self.flights {

@@ -185,6 +185,10 @@ impl Keeper {
         if now_ns() < self.retry_at_ns && engine.wanted == 0 {
             return 0;
         }
+        // The children of a fork need the processors more, until they have applied its pages.
+        if engine.undecided() {
+            return 0;
+        }
         let target = self.target.max(engine.wanted).min(SLOTS - PARALLEL);
         target
             .saturating_sub(engine.ready.len() + self.preparing.len())

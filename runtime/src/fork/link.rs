@@ -148,7 +148,9 @@ pub struct ForkBlock {
     pub rest_ready: AtomicU32,
     /// Readers that sleep on one of the two.
     pub sleepers: AtomicU32,
-    /// End of its pages in the journal.
+    /// Its pages in the journal: the first …
+    pub first: AtomicU32,
+    /// … and the end so far.
     pub head: AtomicU32,
     /// Number of children.
     pub children: AtomicU32,

@@ -13,19 +13,22 @@
 //!    new standby, off the path  <---- zygote of A: no KVM, just memory; fork(2)s standbys
 //! ```
 //!
-//! [`Engine::fork`] is the parent's side, `park_and_go` in `standby.rs` the child's. Everything else
+//! [`Engine::fork`] is the parent's side, `park_and_go` in `child.rs` the child's. Everything else
 //! here prepares for them: `capture.rs` knows what is dirty, the [`Link`] carries it, [`Zygote`] and
 //! [`Keeper`] keep standbys ready.
 
 mod apply;
 mod capture;
+mod child;
 mod consolidate;
+mod crew;
 mod engine;
 mod keeper;
 mod link;
 mod path;
 mod rehearse;
 mod report;
+mod shared;
 mod standby;
 mod step;
 mod uffd;
@@ -35,5 +38,6 @@ pub use engine::Engine;
 pub use keeper::{Keeper, Tick};
 pub use link::{Base, Identity, Link, MAX_VCPUS, capacity};
 pub use report::{ChildReport, ForkReport, ParentMoments};
+pub use shared::Shared;
 pub use step::{FAULT_DELAY, FAULT_KILL, Fault, ForkCause, ForkError, Moment, Step};
 pub use zygote::{Womb, Zygote, serve_raised};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::engine::Engine;
 use super::link::{ForkBlock, Link, decision, word};
-use super::standby;
+use super::shared::fail;
 use super::step::{ForkCause, ForkError, Moment, Step};
 use crate::instance::Instance;
 use crate::kvm::{KvmError, Vcpu};
@@ -112,11 +112,11 @@ impl Engine {
             }
             let waited = now_ns() - begin;
             if waited > OUTCOME_NS {
-                standby::fail(link, Step::Commit, libc::ETIMEDOUT);
+                fail(link, Step::Commit, libc::ETIMEDOUT);
             } else if waited > OUTCOME_SPIN_NS {
                 futex_wait(&block.decision, seen, Some(Duration::from_millis(2)));
                 if let Some(step) = self.flight_died(link) {
-                    standby::fail(link, step, libc::ECHILD);
+                    fail(link, step, libc::ECHILD);
                 }
             }
         }

@@ -9,7 +9,6 @@
 use super::step::ForkCause;
 use crate::instance::Instance;
 use crate::kvm::{Vcpu, VcpuState};
-use crate::memory::PAGE;
 use crate::sys::{self, KickTimer};
 
 /// How long a rehearsal may run. A guest that computes without leaving is stopped here.
@@ -46,7 +45,7 @@ pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState, rehearsing: bool) -> Result
 pub(super) fn roll_back(instance: &Instance) -> Result<Vec<u32>, ForkCause> {
     let mut engine = instance.engine();
     let pages = engine.rehearsed(instance)?;
-    let ranges: Vec<_> = pages.iter().map(|page| (instance.mapping().page(*page), PAGE)).collect();
+    let ranges: Vec<_> = pages.iter().map(|page| instance.mapping().iovec(*page)).collect();
     let zygote = instance.zygote_pid().ok_or(ForkCause::ZygoteGone)?;
     // SAFETY: pages of our own mapping; no vCPU runs and no device is alive yet.
     unsafe { sys::copy_from_twin(zygote, &ranges) }?;

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::vcpu::chain;
 use super::{Instance, Stopped};
-use crate::fork::{ForkError, Keeper, Link, Step};
+use crate::fork::{ForkError, Keeper, Link, Shared, Step};
 use crate::proto::{Envelope, Event, Failure, MAX_MESSAGE, Reply, Request, Stats};
 use crate::sys::{self, SysError, now_ns};
 
@@ -25,10 +25,8 @@ const STACK: usize = 256 * 1024;
 /// What ties a standby to its parent.
 #[derive(Debug)]
 pub struct Cradle {
-    /// The parent's link.
-    pub link: Arc<Link>,
-    /// Its slot there.
-    pub slot: usize,
+    /// What its threads share.
+    pub standby: Arc<Shared>,
     /// End of file: the parent is gone, or this is an instance of its own now.
     pub line: OwnedFd,
 }
@@ -88,14 +86,28 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
 
 /// Waits until this standby is an instance, or ends the process with its parent.
 fn wait_for_life(instance: &Instance, cradle: Cradle) -> Arc<Link> {
+    let Cradle { standby, line } = cradle;
+    let link = instance.link();
     let mut buffer = [0_u8; 16];
     loop {
-        match sys::receive(&cradle.line, &mut buffer, RecvFlags::empty()) {
+        let mut fds = [PollFd::new(&line, PollFlags::IN), PollFd::new(link.bell(), PollFlags::IN)];
+        // EINTR: look at both.
+        poll(&mut fds, None).unwrap_or(0);
+        let told = !fds[0].revents().is_empty();
+        if !fds[1].revents().is_empty() {
+            // Of a standby it is its own leader that rings.
+            link.clear_bell();
+            standby.help();
+        }
+        if !told {
+            continue;
+        }
+        match sys::receive(&line, &mut buffer, RecvFlags::empty()) {
             // The parent has nothing to say here.
             Ok((len, _)) if len > 0 => {}
-            _ if instance.is_alive() => return cradle.link,
+            _ if instance.is_alive() => return standby.link().clone(),
             // In the middle of a fork: the leader comes alive, or ends the process.
-            _ if cradle.link.is_going(cradle.slot) => std::thread::sleep(Duration::from_millis(1)),
+            _ if standby.is_going() => std::thread::sleep(Duration::from_millis(1)),
             _ => std::process::exit(0),
         }
     }

@@ -155,6 +155,12 @@ impl Mapping {
         unsafe { self.address.add(offset) }
     }
 
+    /// The same, for calls that take many.
+    #[must_use]
+    pub fn iovec(&self, page: u32) -> libc::iovec {
+        libc::iovec { iov_base: self.page(page).as_ptr().cast(), iov_len: PAGE }
+    }
+
     /// Copies page `page` to `to`, whatever the guest does to it meanwhile.
     ///
     /// # Safety

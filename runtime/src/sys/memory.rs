@@ -35,47 +35,35 @@ pub fn warm_free_memory(bytes: usize) {
     unsafe { rustix::mm::munmap(start, room) }.unwrap_or(());
 }
 
-/// Reads `bytes` of another process's memory, at the same addresses as in this one, into place.
+/// Reads another process's memory, at the same addresses as in this one, into place.
 ///
 /// # Safety
 ///
-/// The range is mapped and writable here, and nothing else uses it meanwhile.
+/// The ranges are mapped and writable here, and nothing else uses them meanwhile.
 ///
 /// # Errors
 ///
 /// `ESRCH` if the process is gone, `EPERM` if it may not be read, `EFAULT` if it has less mapped.
 pub unsafe fn copy_from_twin(
     pid: rustix::process::Pid,
-    ranges: &[(std::ptr::NonNull<u8>, usize)],
+    ranges: &[libc::iovec],
 ) -> Result<(), SysError> {
-    for part in ranges.chunks(512) {
-        let vectors: Vec<libc::iovec> = part
-            .iter()
-            .map(|(start, bytes)| libc::iovec { iov_base: start.as_ptr().cast(), iov_len: *bytes })
-            .collect();
-        let expected: usize = part.iter().map(|(_, bytes)| bytes).sum();
+    /// `IOV_MAX`.
+    const MOST: usize = 1024;
+    for part in ranges.chunks(MOST) {
         // SAFETY: the local side is writable by this function's contract; the remote side is
         // checked by the kernel.
         let read = unsafe {
             libc::process_vm_readv(
                 pid.as_raw_nonzero().get(),
-                vectors.as_ptr(),
-                vectors.len() as libc::c_ulong,
-                vectors.as_ptr(),
-                vectors.len() as libc::c_ulong,
+                part.as_ptr(),
+                part.len() as libc::c_ulong,
+                part.as_ptr(),
+                part.len() as libc::c_ulong,
                 0,
             )
         };
-        match usize::try_from(read) {
-            Ok(read) if read == expected => {}
-            Ok(_) => {
-                return Err(SysError {
-                    call: "process_vm_readv",
-                    source: io::ErrorKind::UnexpectedEof.into(),
-                });
-            }
-            Err(_) => return Err(SysError::last("process_vm_readv")),
-        }
+        all_of(part, read, "process_vm_readv")?;
     }
     Ok(())
 }
@@ -88,32 +76,34 @@ pub unsafe fn copy_from_twin(
 ///
 /// # Errors
 ///
-/// `EINVAL` before Linux 6.13, which allows this only for hints.
-pub unsafe fn unmap_pages(ranges: &[(std::ptr::NonNull<u8>, usize)]) -> Result<(), SysError> {
+/// `EINVAL` before Linux 6.13, which allows this only for hints, or for more than 1,024 ranges.
+pub unsafe fn unmap_pages(ranges: &[libc::iovec]) -> Result<(), SysError> {
     /// `PIDFD_SELF_THREAD_GROUP` (Linux 6.15; before that a pidfd has to be opened).
     const PIDFD_SELF: libc::c_int = -10_001;
-    let bytes: usize = ranges.iter().map(|(_, bytes)| bytes).sum();
-    // A pointer and a length, in this order: the layout of an iovec.
-    let vectors: Vec<libc::iovec> = ranges
-        .iter()
-        .map(|(start, bytes)| libc::iovec { iov_base: start.as_ptr().cast(), iov_len: *bytes })
-        .collect();
-    // SAFETY: the vectors are valid; giving up the contents is allowed by this function's contract.
+    // SAFETY: the ranges are valid; giving up the contents is allowed by this function's contract.
     let advised = unsafe {
         libc::syscall(
             libc::SYS_process_madvise,
             PIDFD_SELF,
-            vectors.as_ptr(),
-            vectors.len(),
+            ranges.as_ptr(),
+            ranges.len(),
             libc::MADV_DONTNEED,
             0,
         )
     };
-    match usize::try_from(advised) {
-        Ok(advised) if advised == bytes => Ok(()),
-        Ok(_) => {
-            Err(SysError { call: "process_madvise", source: io::ErrorKind::UnexpectedEof.into() })
-        }
-        Err(_) => Err(SysError::last("process_madvise")),
+    all_of(ranges, advised, "process_madvise")
+}
+
+/// Whether a call that tells how many bytes it did has done all of them.
+fn all_of(
+    ranges: &[libc::iovec],
+    done: impl TryInto<usize>,
+    call: &'static str,
+) -> Result<(), SysError> {
+    let bytes: usize = ranges.iter().map(|range| range.iov_len).sum();
+    match done.try_into() {
+        Ok(done) if done == bytes => Ok(()),
+        Ok(_) => Err(SysError { call, source: io::ErrorKind::UnexpectedEof.into() }),
+        Err(_) => Err(SysError::last(call)),
     }
 }
