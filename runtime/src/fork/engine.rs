@@ -123,6 +123,7 @@ impl Engine {
             && let Some(log) = self.log.take()
         {
             let pages = instance.mapping().bytes() / crate::memory::PAGE;
+            instance.link().populate_fork(instance.vcpus());
             self.capture = Some(Capture::new(log, pages, instance.link(), &seed));
         }
         self.capture.is_some()

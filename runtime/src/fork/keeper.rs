@@ -89,7 +89,12 @@ impl Keeper {
     /// # Errors
     ///
     /// `EMFILE`.
-    pub fn new(zygote: Zygote, target: u32, sync: bool) -> Result<Self, SysError> {
+    pub fn new(
+        zygote: Zygote,
+        link: &Link,
+        target: u32,
+        sync: bool,
+    ) -> Result<Self, SysError> {
         let lines =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create1"))?;
         Ok(Self {
@@ -106,7 +111,7 @@ impl Keeper {
             rounds: 0,
             synced_pages: 0,
             prewarm_ns: 0,
-            previous_round: Vec::new(),
+            previous_round: link.hot_pages().collect(),
             unreported: Vec::new(),
         })
     }

@@ -478,17 +478,27 @@ impl Link {
     pub fn populate(&self, entries: usize) {
         let entries = entries.min(self.capacity);
         if entries > 0 {
-            let start = self.contents(0).as_ptr().cast();
+            self.populate_at(self.contents(0).as_ptr(), entries * PAGE);
             let numbers = std::ptr::from_ref(self.number(0)).cast_mut().cast();
-            for (start, bytes) in
-                [(start, entries * PAGE), (numbers, (entries * 4).next_multiple_of(PAGE))]
-            {
-                // SAFETY: inside our own mapping; populating does not change contents. It is an
-                // optimisation: where the kernel lacks it (before 5.14) faults come one by one.
-                unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxPopulateWrite) }
-                    .unwrap_or(());
-            }
+            self.populate_at(numbers, entries * 4);
         }
+    }
+
+    /// The same for the fork block of a machine with `vcpus` vCPUs.
+    pub fn populate_fork(&self, vcpus: usize) {
+        let vcpus = vcpus.min(MAX_VCPUS) * size_of::<VcpuState>();
+        let bytes = std::mem::offset_of!(ForkBlock, state.vcpus) + vcpus;
+        self.populate_at(self.at::<ForkBlock>(FORK).cast(), bytes);
+    }
+
+    /// Populates what begins at `start`, a page of ours.
+    fn populate_at(&self, start: *mut u8, bytes: usize) {
+        let end = self.start.as_ptr().wrapping_add(self.bytes);
+        assert!(start.wrapping_add(bytes) <= end && start >= self.start.as_ptr());
+        // SAFETY: inside our own mapping; populating does not change contents. It is an
+        // optimisation: where the kernel lacks it (before 5.14) faults come one by one.
+        unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxPopulateWrite) }
+            .unwrap_or(());
     }
 
     /// Tells the parent's control thread that there is something to look at.

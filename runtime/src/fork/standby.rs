@@ -110,7 +110,7 @@ fn prepare_with(
     // Before there is a second thread: without a handler the signal ends the process.
     sys::install_kick_handler().map_err(failed)?;
     let (identity, base) = link.read_slot(slot, inherited.config.vcpus as usize);
-    let (zygote, womb) = zygote_of_child(inherited)?;
+    let (zygote, womb) = zygote_of_child(inherited, link)?;
     let Womb { host, config, link: own, image, mapping, owned } = womb;
     let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
     let made = MachineConfig {
@@ -166,13 +166,15 @@ fn prepare_with(
 }
 
 /// Forks the zygote of this standby before anything in it belongs to KVM.
-fn zygote_of_child(inherited: Inherited) -> Result<(Zygote, Womb), ForkError> {
+fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<(Zygote, Womb), ForkError> {
     let at = ForkError::at::<sys::SysError>;
     let Inherited { host, mut config, image, mapping, owned } = inherited;
     config.standbys = config.child_standbys;
     config.ring_entries = config.child_ring_entries;
     let link =
         Link::new(link::capacity(config.ring_entries, config.vcpus)).map_err(at(Step::Prewarm))?;
+    // What its parent writes again and again it is likely to write too.
+    link.set_hot_pages(parent.hot_pages());
     let womb = Womb { host, config, link, image, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))

@@ -62,7 +62,7 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
         Ok(owner) => match instance.take_zygote() {
             Some(zygote) => {
                 let config = instance.config();
-                match Keeper::new(zygote, config.standbys, config.sync) {
+                match Keeper::new(zygote, instance.link(), config.standbys, config.sync) {
                     Ok(keeper) => Control {
                         instance,
                         owner,
