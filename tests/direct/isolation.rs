@@ -36,6 +36,20 @@ pub fn cases() -> Vec<Case> {
         Case::new("isolation::a_chain_six_deep_keeps_every_history", move || {
             chain(small(DirtyMode::Ring))
         }),
+        Case::new("isolation::two_threads_apply_a_large_fork_4k", move || {
+            two_threads(small(DirtyMode::Ring))
+        }),
+        Case::new("isolation::two_threads_apply_a_large_fork_thp", move || {
+            let _thp = host::shmem_thp()?;
+            two_threads(of(BackingKind::Thp, DirtyMode::Ring))
+        })
+        .needs(host::without_thp()),
+        Case::new("isolation::a_large_fork_hugetlb", move || {
+            let _pool = host::huge_pages(POOL)?;
+            // Few large copies: the leader is done before help comes.
+            large(of(BackingKind::Hugetlb, DirtyMode::Ring)).map(drop)
+        })
+        .needs(host::without_huge_pages()),
         Case::new("isolation::a_word_written_by_one_is_seen_by_nobody_else", words),
         Case::new("isolation::the_model_tells_a_single_wrong_word", control),
     ]
@@ -50,7 +64,19 @@ pub fn fork_and_write(
     children: u64,
     generation: u64,
 ) -> Result<Vec<(uuid::Uuid, Memory)>> {
-    let before = dirty(50, generation, generation);
+    fork_and_write_after(50, rig, parent, memory, children, generation)
+}
+
+/// The same, after `pages` pages were written.
+fn fork_and_write_after(
+    pages: u64,
+    rig: &Rig,
+    parent: uuid::Uuid,
+    memory: &mut Memory,
+    children: u64,
+    generation: u64,
+) -> Result<Vec<(uuid::Uuid, Memory)>> {
+    let before = dirty(pages, generation, generation);
     let of_parent = dirty(60, generation + 1, generation + 1).in_parent();
     let of_child = dirty(60, generation + 2, generation + 2).in_child();
     let program = [before, fork(children, 10), of_parent, of_child, check(0)];
@@ -59,7 +85,7 @@ pub fn fork_and_write(
     let results = rig.results(parent, 0, seq)?;
     let forked = Forked::read(&results, 10)?;
     ensure!(forked.status == 0, "the fork failed: {forked:?}");
-    memory.dirty(50, generation, generation);
+    memory.dirty(pages, generation, generation);
     let mut theirs = memory.clone();
     theirs.dirty(60, generation + 2, generation + 2);
     memory.dirty(60, generation + 1, generation + 1);
@@ -101,6 +127,34 @@ fn history(config: InstanceConfig) -> Result<()> {
         rig.compare(*uuid, memory, "a child")?;
     }
     rig.compare(rig.root, &memory, "the root")
+}
+
+/// Forks that have so much to apply that a second thread helps.
+fn two_threads(config: InstanceConfig) -> Result<()> {
+    let helped = large(config)?;
+    let alone = std::thread::available_parallelism()?.get() == 1;
+    ensure!(alone || helped > 0, "no page of six large forks was applied by a second thread");
+    Ok(())
+}
+
+/// Forks with much to apply; the number of pages that a second thread applied.
+fn large(config: InstanceConfig) -> Result<u32> {
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    let mut machines = Vec::new();
+    for round in 1..=6 {
+        let from = round * 100;
+        machines.extend(fork_and_write_after(3000, &rig, rig.root, &mut memory, 1, from)?);
+    }
+    for (uuid, memory) in &machines {
+        rig.compare(*uuid, memory, "a child")?;
+    }
+    rig.compare(rig.root, &memory, "the root")?;
+    let helped = rig.owner.with(rig.root, |known| {
+        let children = known.forks.iter().flat_map(|fork| &fork.children);
+        children.map(|child| child.helped_pages).sum()
+    })?;
+    Ok(helped)
 }
 
 /// Each child forks once more: from inside and from the host in turn.

@@ -88,13 +88,8 @@ pub struct Applied {
     pub pages: u32,
     /// Of which were private to this process before.
     pub private: u32,
-}
-
-impl std::ops::AddAssign for Applied {
-    fn add_assign(&mut self, other: Self) {
-        self.pages += other.pages;
-        self.private += other.private;
-    }
+    /// Of which another thread than the leader's wrote.
+    pub helped: u32,
 }
 
 /// Writes journal entries to the mapping of a zygote: plainly, because it is forked again and again

@@ -75,6 +75,7 @@ impl Standby {
             .store(u32::try_from(sys::minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
         slot.applied.store(applied.pages, Ordering::Relaxed);
         slot.applied_private.store(applied.private, Ordering::Relaxed);
+        slot.applied_helped.store(applied.helped, Ordering::Relaxed);
         slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
         instance.engine().born(shared.crew.applier().private_pages().collect());
         if rang {
@@ -146,7 +147,8 @@ impl Standby {
         crew.open(first);
         shared.wait_while(&block.pages_ready, || {
             shared.call_for_help();
-            crew.work(&mut self.hand, link, mapping).map_err(ForkError::at(Step::ApplyPages))
+            let some = crew.work(&mut self.hand, link, mapping);
+            some.map(|pages| pages > 0).map_err(ForkError::at(Step::ApplyPages))
         })?;
         let applied = crew.close(&mut self.hand, link, mapping).map_err(at)?;
         let head = block.head.load(Ordering::Acquire);

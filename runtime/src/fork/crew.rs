@@ -43,9 +43,10 @@ pub(super) struct Crew {
     next: AtomicU32,
     /// See [`helper`].
     helper: AtomicU32,
-    /// What all have applied.
+    /// What both have applied, and how much of it the helper.
     pages: AtomicU32,
     private: AtomicU32,
+    helped: AtomicU32,
 }
 
 impl Crew {
@@ -56,6 +57,7 @@ impl Crew {
             helper: AtomicU32::new(helper::AWAY),
             pages: AtomicU32::new(0),
             private: AtomicU32::new(0),
+            helped: AtomicU32::new(0),
         }
     }
 
@@ -68,23 +70,23 @@ impl Crew {
         self.next.store(first, Ordering::SeqCst);
     }
 
-    /// Takes some of the captured entries and applies them; tells whether there were any.
+    /// Takes some of the captured entries and applies them; tells how many.
     pub(super) fn work(
         &self,
         hand: &mut Hand,
         link: &Link,
         mapping: &Mapping,
-    ) -> Result<bool, ForkCause> {
+    ) -> Result<u32, ForkCause> {
         let head = link.fork().head.load(Ordering::Acquire);
         let portion = |next: u32| (next < head).then(|| head.min(next + PORTION));
         let Ok(from) = self.next.fetch_update(Ordering::SeqCst, Ordering::SeqCst, portion) else {
-            return Ok(false);
+            return Ok(0);
         };
         let to = head.min(from + PORTION);
         let applied = self.applier.apply(hand, link, mapping, from..to)?;
         self.pages.fetch_add(applied.pages, Ordering::Relaxed);
         self.private.fetch_add(applied.private, Ordering::Relaxed);
-        Ok(true)
+        Ok(applied.pages)
     }
 
     /// Whether the leader should call the helper, who counts as called from now on.
@@ -98,7 +100,12 @@ impl Crew {
     pub(super) fn help(&self, link: &Link, mapping: &Mapping) -> Result<(), ForkCause> {
         if self.changes(helper::CALLED, helper::AT_WORK) {
             let mut hand = Hand::new();
-            while self.work(&mut hand, link, mapping)? {}
+            loop {
+                match self.work(&mut hand, link, mapping)? {
+                    0 => break,
+                    pages => self.helped.fetch_add(pages, Ordering::Relaxed),
+                };
+            }
             self.applier.finish(&mut hand, link, mapping)?;
             self.helper.store(helper::AWAY, Ordering::SeqCst);
         }
@@ -112,7 +119,7 @@ impl Crew {
         link: &Link,
         mapping: &Mapping,
     ) -> Result<Applied, ForkCause> {
-        while self.work(hand, link, mapping)? {}
+        while self.work(hand, link, mapping)? > 0 {}
         self.applier.finish(hand, link, mapping)?;
         // A helper that comes after this finds nothing to take, not even of the parent's next fork.
         self.next.store(CLOSED, Ordering::SeqCst);
@@ -122,6 +129,7 @@ impl Crew {
         Ok(Applied {
             pages: self.pages.load(Ordering::Relaxed),
             private: self.private.load(Ordering::Relaxed),
+            helped: self.helped.load(Ordering::Relaxed),
         })
     }
 

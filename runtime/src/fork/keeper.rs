@@ -89,12 +89,7 @@ impl Keeper {
     /// # Errors
     ///
     /// `EMFILE`.
-    pub fn new(
-        zygote: Zygote,
-        link: &Link,
-        target: u32,
-        sync: bool,
-    ) -> Result<Self, SysError> {
+    pub fn new(zygote: Zygote, link: &Link, target: u32, sync: bool) -> Result<Self, SysError> {
         let lines =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create1"))?;
         Ok(Self {

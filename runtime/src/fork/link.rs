@@ -192,8 +192,10 @@ pub struct Slot {
     pub spin_until_ns: AtomicU64,
     /// Pages applied at the fork …
     pub applied: AtomicU32,
-    /// … of which were private already.
+    /// … of which were private already …
     pub applied_private: AtomicU32,
+    /// … and of which the helper applied.
+    pub applied_helped: AtomicU32,
     /// CPU time of the standby when it went live, in nanoseconds.
     pub cpu_ns: AtomicU64,
     /// Time from spawn to parked, in nanoseconds.

@@ -63,6 +63,8 @@ pub struct ChildReport {
     pub applied_pages: u32,
     /// Of which were private before.
     pub private_pages: u32,
+    /// Of which a second thread applied.
+    pub helped_pages: u32,
     /// Minor page faults of its process from waking up to its first exit.
     pub faults: u32,
     /// CPU time of its process until its first exit, in nanoseconds.
@@ -108,6 +110,7 @@ impl ChildReport {
             exited: of(Moment::Exited),
             applied_pages: slot.applied.load(Relaxed),
             private_pages: slot.applied_private.load(Relaxed),
+            helped_pages: slot.applied_helped.load(Relaxed),
             faults: slot.faults.load(Relaxed),
             cpu_ns: slot.cpu_ns.load(Relaxed),
             prewarm_ns: slot.prewarm_ns.load(Relaxed),
