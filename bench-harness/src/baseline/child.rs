@@ -139,24 +139,12 @@ fn live(board: &Board, parent: Pid, body: impl FnOnce(&Board) -> Result<(), Base
     if rustix::process::getppid() == Some(parent) {
         match catch_unwind(AssertUnwindSafe(|| body(board))) {
             Ok(Ok(())) => board.state.0.store(state::DONE, Ordering::Release),
-            Ok(Err(error)) => board.fail(&told(&error)),
+            Ok(Err(error)) => board.fail(&runtime::sys::chain(&error)),
             Err(_) => board.fail("it panicked"),
         }
     }
     // SAFETY: ends this process without running what its parent registered for its own end.
     unsafe { libc::_exit(0) }
-}
-
-/// An error and its sources on one line.
-fn told(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 /// In the child: waits for the order after `seen`, asleep or spinning, and returns its number. The

@@ -24,7 +24,6 @@
 mod entry;
 mod pages;
 mod standby;
-mod uffd;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -11,13 +11,13 @@
 //! | the same | plain write: fault, copy of the stale page, then ours | 5.1 |
 #![expect(unsafe_code, reason = "copies between the journal and guest memory")]
 
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::link::Link;
 use super::step::ForkCause;
-use super::uffd::{Copied, Uffd};
-use crate::memory::{BackingKind, Mapping, MemoryError, PAGE, prefetch_page};
+use crate::memory::{BackingKind, Copied, Mapping, MemoryError, PAGE, Uffd, prefetch_page};
 use crate::sys::{self, SysError};
 
 /// Pages unmapped with one call.
@@ -118,7 +118,9 @@ pub fn apply_plainly(
 /// Several threads may, each with a [`Hand`] of its own.
 #[derive(Debug)]
 pub struct Applier {
-    uffd: Option<Uffd>,
+    /// Open until the process ends: closing it walks all page tables of the mapping with the memory
+    /// map locked, at the very moment when a child has come to life.
+    uffd: Option<ManuallyDrop<Uffd>>,
     private: PageBits,
     /// Pages that its zygote owned when the standby was forked: mapped, and shared with it.
     inherited: PageBits,
@@ -150,7 +152,7 @@ impl Applier {
         // A huge page is copied as a whole or not at all, so filling 4 KiB of it is no use there.
         let uffd = match mapping.kind() {
             BackingKind::Hugetlb => None,
-            BackingKind::Small | BackingKind::Thp => Uffd::new(mapping).ok(),
+            BackingKind::Small | BackingKind::Thp => Uffd::new(mapping).ok().map(ManuallyDrop::new),
         };
         Self { uffd, private, inherited }
     }

@@ -239,7 +239,7 @@ impl Capture {
     fn append(&mut self, link: &Link, mapping: &Mapping, page: u32) {
         let entry = self.head as usize;
         link.number(entry).store(page, Ordering::Relaxed);
-        link.mark_region(page);
+        link.header().mark_region(page);
         // SAFETY: a page of the journal, which lies in another mapping.
         unsafe { mapping.copy_out(page, link.contents(entry)) };
         self.head += 1;

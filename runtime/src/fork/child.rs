@@ -100,13 +100,7 @@ impl Standby {
                 word::SYNC => {
                     let head = shared.link.header().head.load(Ordering::Acquire);
                     self.catch_up(head)?;
-                    let parked = slot.word.compare_exchange(
-                        word::SYNC,
-                        word::PARKED,
-                        Ordering::AcqRel,
-                        Ordering::Acquire,
-                    );
-                    if parked.is_ok() {
+                    if slot.turn(word::SYNC, word::PARKED) {
                         shared.link.ring();
                     }
                     faults = sys::minor_faults();
@@ -116,21 +110,11 @@ impl Standby {
                     // and TLB.
                     vcpu.warm_up().map_err(ForkError::at(Step::Wake))?;
                 }
-                seen => {
-                    if seen == word::ANNOUNCED {
-                        // A failed exchange means that GO came; the loop sees it.
-                        slot.word
-                            .compare_exchange(
-                                word::ANNOUNCED,
-                                word::PARKED,
-                                Ordering::AcqRel,
-                                Ordering::Acquire,
-                            )
-                            .unwrap_or(seen);
-                        continue;
-                    }
-                    futex_wait(&slot.word, seen, None);
+                word::ANNOUNCED => {
+                    // Unless GO comes in between: the loop sees it.
+                    slot.turn(word::ANNOUNCED, word::PARKED);
                 }
+                seen => futex_wait(&slot.word, seen, None),
             }
         }
     }

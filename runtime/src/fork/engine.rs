@@ -327,13 +327,7 @@ impl Engine {
         if let Some(handle) = self.ready.last() {
             let slot = link.slot(handle.slot);
             slot.spin_until_ns.store(until_ns, Ordering::Relaxed);
-            let woken = slot.word.compare_exchange(
-                word::PARKED,
-                word::ANNOUNCED,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            if woken.is_ok() {
+            if slot.turn(word::PARKED, word::ANNOUNCED) {
                 sys::futex_wake(&slot.word);
             }
         }

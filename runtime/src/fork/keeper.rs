@@ -106,7 +106,7 @@ impl Keeper {
             rounds: 0,
             synced_pages: 0,
             prewarm_ns: 0,
-            previous_round: link.hot_pages().collect(),
+            previous_round: link.header().hot_pages().collect(),
             unreported: Vec::new(),
         })
     }
@@ -280,7 +280,7 @@ impl Keeper {
         self.since_regions += u32::try_from(lacking).unwrap_or(0);
         if self.since_regions > REGION_MEMORY && self.preparing.is_empty() {
             // Where the guest was active long ago, page tables would be a waste.
-            instance.link().clear_regions();
+            instance.link().header().clear_regions();
             self.since_regions = 0;
         }
         for _ in 0..lacking {
@@ -370,7 +370,8 @@ impl Keeper {
         let mut now = last.to_vec();
         now.sort_unstable();
         let before = &self.previous_round;
-        link.set_hot_pages(now.iter().copied().filter(|page| before.binary_search(page).is_ok()));
+        link.header()
+            .set_hot_pages(now.iter().copied().filter(|page| before.binary_search(page).is_ok()));
         self.previous_round = now;
     }
 
@@ -378,16 +379,9 @@ impl Keeper {
         link.header().head.store(head, Ordering::Release);
         for handle in &engine.ready {
             let slot = link.slot(handle.slot);
-            if slot.tail.load(Ordering::Acquire) < head {
-                let woken = slot.word.compare_exchange(
-                    word::PARKED,
-                    word::SYNC,
-                    Ordering::AcqRel,
-                    Ordering::Acquire,
-                );
-                if woken.is_ok() {
-                    sys::futex_wake(&slot.word);
-                }
+            let behind = slot.tail.load(Ordering::Acquire) < head;
+            if behind && slot.turn(word::PARKED, word::SYNC) {
+                sys::futex_wake(&slot.word);
             }
         }
     }

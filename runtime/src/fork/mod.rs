@@ -31,7 +31,6 @@ mod report;
 mod shared;
 mod standby;
 mod step;
-mod uffd;
 mod zygote;
 
 pub use engine::Engine;

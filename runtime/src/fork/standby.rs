@@ -124,10 +124,12 @@ fn prepare_with(
     machine.restore_irqchips(&base.vm).map_err(failed)?;
     link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
     let applier = Applier::new(&mapping, owned);
-    for page in link.active_regions().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
+    for page in
+        link.header().active_regions().filter(|page| (*page as usize) < mapping.bytes() / PAGE)
+    {
         mapping.look(page);
     }
-    for page in link.hot_pages().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
+    for page in link.header().hot_pages().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
         applier.touch(&mapping, page);
     }
     let rehearsing = config.rehearse;
@@ -174,7 +176,7 @@ fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<(Zygote, Womb)
     let link =
         Link::new(link::capacity(config.ring_entries, config.vcpus)).map_err(at(Step::Prewarm))?;
     // What its parent writes again and again it is likely to write too.
-    link.set_hot_pages(parent.hot_pages());
+    link.header().set_hot_pages(parent.header().hot_pages());
     let womb = Womb { host, config, link, image, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))

@@ -9,11 +9,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use uuid::Uuid;
 
-use super::vcpu::chain;
 use super::{Instance, Stopped};
 use crate::fork::{ForkError, Keeper, Link, Shared, Step};
 use crate::proto::{Envelope, Event, Failure, MAX_MESSAGE, Reply, Request, Stats};
-use crate::sys::{self, SysError, now_ns};
+use crate::sys::{self, SysError, chain, now_ns};
 
 /// How long a request for standbys or a fork may take.
 const PATIENCE: Duration = Duration::from_mins(1);

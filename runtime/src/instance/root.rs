@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::net::RecvFlags;
 
-use super::vcpu::{Action, chain};
+use super::vcpu::Action;
 use super::{Birth, Instance};
 use crate::boot::{self, BootError};
 use crate::fork::{
@@ -15,7 +15,7 @@ use crate::fork::{
 use crate::kvm::{Host, KvmError, Machine, MachineConfig, Vcpu, VcpuState, VmState};
 use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Writable};
 use crate::proto::{Envelope, Event, InstanceConfig, MAX_MESSAGE, Request};
-use crate::sys::{self, SysError};
+use crate::sys::{self, SysError, chain};
 
 /// Why a root instance could not be started.
 #[derive(Debug, thiserror::Error)]

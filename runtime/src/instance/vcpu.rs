@@ -17,7 +17,7 @@ use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
 use crate::memory::BackingKind;
 use crate::proto::Event;
-use crate::sys::now_ns;
+use crate::sys::{chain, now_ns};
 
 /// How long a fork waits for a standby to be made.
 const STANDBY_NS: u64 = 20_000_000_000;
@@ -427,15 +427,3 @@ fn low(word: u64) -> u32 {
 
 /// `KVM_EXIT_DIRTY_RING_FULL`.
 const DIRTY_RING_FULL: u32 = 31;
-
-/// An error and everything below it, on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}

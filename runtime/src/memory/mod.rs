@@ -18,6 +18,7 @@ mod guest;
 mod image;
 mod layout;
 mod mapping;
+mod uffd;
 
 pub use backing::{Backing, BackingKind, MemoryError};
 pub use device_dirty::DeviceDirty;
@@ -25,3 +26,4 @@ pub use guest::{GuestRam, guest_ram};
 pub use image::{Image, Sealed, Writable};
 pub use layout::{PAGE, RamLayout, RamRange};
 pub use mapping::{Mapping, prefetch_page};
+pub use uffd::{Copied, Uffd};

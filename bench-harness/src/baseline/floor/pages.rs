@@ -4,12 +4,11 @@
 use std::collections::HashSet;
 use std::ptr::NonNull;
 
-use runtime::memory::{BackingKind, Image, Mapping, PAGE, Sealed};
+use runtime::memory::{BackingKind, Image, Mapping, PAGE, Sealed, Uffd};
 use runtime::sys::{SysError, now_ns};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::super::{BaselineError, Figure, us_since};
-use super::uffd::Uffd;
 use crate::stats::rng::Rng;
 
 /// Pages that are captured and applied: more than the caches next to a core hold.
@@ -93,8 +92,8 @@ fn apply_missing(
     }
     match Uffd::new(mapping) {
         Ok(uffd) => timed(pages, BATCH, |index, page| {
-            // SAFETY: `buffer` has a page for each index.
-            unsafe { uffd.copy(page, buffer.page(index)) }
+            // SAFETY: a page of the mapping, and `buffer` has one for each index.
+            unsafe { uffd.copy(mapping.page(page), buffer.page(index)) }.map(|_| ())
         }),
         Err(error) => {
             notes.push(format!("apply was timed by plain writes, because {error}"));
@@ -243,15 +242,14 @@ mod tests {
         let mapping = image(8).map_private().unwrap();
         let buffer = Buffer::new(1).unwrap();
         let uffd = Uffd::new(&mapping).unwrap();
-        // SAFETY: the buffer has a page.
-        unsafe { uffd.copy(3, buffer.page(0)) }.unwrap();
+        // SAFETY: the mapping and the buffer have such a page.
+        let copy_it = || unsafe { uffd.copy(mapping.page(3), buffer.page(0)) }.unwrap();
+        assert_eq!(copy_it(), runtime::memory::Copied::Done);
         let mut page = [0_u8; PAGE];
         // SAFETY: both are a page long, and the one is not the other.
         unsafe { copy(mapping.page(3), NonNull::from(&mut page).cast()) };
         assert_eq!(page, [0x5a; PAGE]);
-        // SAFETY: the buffer has a page.
-        let again = unsafe { uffd.copy(3, buffer.page(0)) }.unwrap_err();
-        assert_eq!(again.errno(), libc::EEXIST);
+        assert_eq!(copy_it(), runtime::memory::Copied::Mapped);
     }
 
     #[test]
