@@ -2,17 +2,35 @@
 #![expect(unsafe_code, reason = "reads another process's memory, and gives pages up")]
 
 use std::io;
+use std::path::Path;
 
 use super::SysError;
 
-/// Memory that can be had without swapping, as the kernel estimates it; 0 if /proc is not there.
+/// Memory that can be had without swapping, as the kernel estimates it, within the limits of this
+/// process's control groups (version 2); 0 if /proc is not there.
 #[must_use]
 pub fn available_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
+    let available = text
+        .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
-        .map_or(0, |kib| kib * 1024)
+        .map_or(0, |kib| kib * 1024);
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    available.min(left_in_groups(Path::new("/sys/fs/cgroup"), Path::new(path)))
+}
+
+/// What the tightest of a control group and those above it leaves.
+fn left_in_groups(root: &Path, group: &Path) -> u64 {
+    let left = |group: &Path| -> Option<u64> {
+        let read = |file| std::fs::read_to_string(root.join(group).join(file)).ok();
+        // `max` where there is no limit.
+        let most: u64 = read("memory.max")?.trim().parse().ok()?;
+        let used: u64 = read("memory.current")?.trim().parse().ok()?;
+        Some(most.saturating_sub(used))
+    };
+    group.ancestors().filter_map(left).min().unwrap_or(u64::MAX)
 }
 
 /// Touches `bytes` of free memory and gives it back: what is allocated next is likely to be that.
@@ -105,5 +123,33 @@ fn all_of(
         Ok(done) if done == bytes => Ok(()),
         Ok(_) => Err(SysError { call, source: io::ErrorKind::UnexpectedEof.into() }),
         Err(_) => Err(SysError::last(call)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::left_in_groups;
+    use std::fs;
+    use std::path::Path;
+
+    #[test]
+    fn the_tightest_group_counts() {
+        let root = std::env::temp_dir().join(format!("ukp-test-{}", uuid::Uuid::new_v4().simple()));
+        let group = |path: &str, most: &str, used: &str| {
+            let path = root.join(path);
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("memory.max"), most).unwrap();
+            fs::write(path.join("memory.current"), used).unwrap();
+        };
+        group("outer", "5000\n", "1000\n");
+        group("outer/middle", "max\n", "900\n");
+        group("outer/middle/inner", "4500\n", "100\n");
+        let left = |path| left_in_groups(&root, Path::new(path));
+        assert_eq!(left("outer/middle/inner"), 4000);
+        assert_eq!(left("outer"), 4000);
+        group("outer/middle/inner", "500\n", "900\n");
+        assert_eq!(left("outer/middle/inner"), 0);
+        assert_eq!(left("elsewhere"), u64::MAX);
+        fs::remove_dir_all(&root).unwrap();
     }
 }
