@@ -24,6 +24,7 @@ pub type MetricName = Cow<'static, str>;
 pub struct Sample {
     values: Vec<(MetricName, f64)>,
     failure: Option<String>,
+    aside: bool,
 }
 
 impl Sample {
@@ -36,7 +37,21 @@ impl Sample {
     /// A fork that failed, with the step and the reason on one line.
     #[must_use]
     pub fn failed(why: impl Into<String>) -> Self {
-        Self { values: Vec::new(), failure: Some(why.into()) }
+        Self { failure: Some(why.into()), ..Self::default() }
+    }
+
+    /// Whether it failed.
+    #[must_use]
+    pub fn is_failure(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// A fork on the way to what is measured: it has its place among the sizes and the failures,
+    /// and none in the figures of the scenario.
+    #[must_use]
+    pub fn aside(mut self) -> Self {
+        self.aside = true;
+        self
     }
 
     /// Adds a value, in µs if the name ends in `_us`.
@@ -52,6 +67,7 @@ struct Row {
     /// By column; NaN where there is no value.
     values: Vec<f64>,
     failure: Option<String>,
+    aside: bool,
 }
 
 /// All samples of one scenario.
@@ -82,7 +98,7 @@ impl Recorder {
             });
             values[column] = value;
         }
-        self.rows.push(Row { values, failure: sample.failure });
+        self.rows.push(Row { values, failure: sample.failure, aside: sample.aside });
     }
 
     /// Adds one value of something that is not part of a fork: `prewarm_us`, `arm_us`,
@@ -91,13 +107,13 @@ impl Recorder {
         self.series.entry(metric.into()).or_default().push(value);
     }
 
-    /// Number of forks, failed ones included.
+    /// Number of forks that the figures are about, failed ones included.
     #[must_use]
     pub fn forks(&self) -> usize {
-        self.rows.len()
+        self.rows.iter().filter(|row| !row.aside).count()
     }
 
-    /// Number of forks that failed.
+    /// Number of forks that failed, those aside included.
     #[must_use]
     pub fn failed(&self) -> usize {
         self.rows.iter().filter(|row| row.failure.is_some()).count()
@@ -118,8 +134,8 @@ impl Recorder {
         self.columns.iter().chain(self.series.keys()).map(AsRef::as_ref)
     }
 
-    /// Values of one metric in the order of measurement, infinity for failed forks. Empty if the
-    /// metric is not known.
+    /// Values of one metric in the order of measurement, infinity for failed forks, without forks
+    /// aside. Empty if the metric is not known.
     #[must_use]
     pub fn samples(&self, metric: &str) -> Vec<f64> {
         if let Some(apart) = self.series.get(metric) {
@@ -136,7 +152,7 @@ impl Recorder {
                 (true, None) => None,
             }
         };
-        self.rows.iter().filter_map(value).collect()
+        self.rows.iter().filter(|row| !row.aside).filter_map(value).collect()
     }
 
     /// Pairs of a size and a metric (`depth`, `branch_us`) of the forks that have the size; without
@@ -245,6 +261,17 @@ mod tests {
         assert_eq!((two_percent.n, two_percent.failed), (100, 2));
         assert!(!two_percent.p99.is_finite());
         assert!(two_percent.p90.is_finite());
+    }
+
+    #[test]
+    fn a_fork_aside_counts_by_its_size_alone() {
+        let mut recorder = recorder(1, 0);
+        let aside = |us| Sample::new().with("branch_us", us).with("depth", 3.0).aside();
+        recorder.record(aside(900.0));
+        recorder.record(Sample::failed("wake: died").aside());
+        assert_eq!(recorder.samples("branch_us"), [100.0]);
+        assert_eq!((recorder.forks(), recorder.failed()), (1, 1));
+        assert_eq!(recorder.pairs(Some("depth"), "branch_us"), [(3.0, 900.0)]);
     }
 
     #[test]

@@ -28,9 +28,7 @@ pub struct ScenarioRun {
     /// Samples in µs of what is compared with, by name: `cold_create_us`, `process_fork_us`,
     /// `posix_spawn_us`.
     pub baselines_us: BTreeMap<String, Vec<f64>>,
-    /// Exact counts per fork, by name: `ioctl KVM_RUN`, `syscall futex`, `heap allocations`.
-    pub counts: BTreeMap<String, u64>,
-    /// Other figures, by name with unit: `started_children_s`, `idle_cpu_ratio`, `fork_cpu_us`.
+    /// Other figures, by name with unit: `started_s`, `idle_cpu_ratio`.
     pub values: BTreeMap<String, f64>,
     /// Memory of one more child in bytes, that of kernel and KVM included.
     pub memory_per_child_bytes: Option<u64>,
@@ -125,6 +123,9 @@ pub struct Session {
     pub outcomes: Vec<(Scenario, Outcome)>,
     /// Why all of it is void, with the scenario's name.
     pub void: Option<String>,
+    /// Why it ended before its last scenario, with the scenario's name. What was measured before
+    /// stands.
+    pub ended: Option<String>,
 }
 
 /// Told about the scenarios of a session.
@@ -137,12 +138,12 @@ pub trait Watcher: Progress {
 
 /// Runs scenarios one after the other.
 ///
-/// A void scenario ends the session, which is returned all the same so that the report can say what
-/// happened; its `void` is set.
+/// A void scenario ends the session, which has no figures then, and a scenario that cannot be carried
+/// out ends it with those that were measured before; either way the report can say what happened.
 ///
 /// # Errors
 ///
-/// [`LabError::Failed`] of the first scenario that could not be carried out.
+/// [`LabError::Failed`] of the first scenario, if it could not be carried out.
 pub fn run(
     lab: &mut dyn Lab,
     scenarios: &[Scenario],
@@ -159,6 +160,7 @@ pub fn run(
         load: [load, load],
         outcomes: Vec::new(),
         void: None,
+        ended: None,
     };
     for (index, scenario) in scenarios.iter().enumerate() {
         watcher.begin(scenario, index, scenarios.len());
@@ -167,9 +169,15 @@ pub fn run(
             Err(LabError::Unavailable { reason }) => Outcome::Unavailable(reason),
             Err(LabError::Void { reason }) => {
                 session.void = Some(format!("{}: {reason}", scenario.name));
+                session.outcomes.clear();
                 break;
             }
-            Err(failed @ LabError::Failed(_)) => return Err(failed),
+            Err(failed @ LabError::Failed(_)) if session.outcomes.is_empty() => return Err(failed),
+            Err(failed) => {
+                let reason = runtime::sys::chain(&failed);
+                session.ended = Some(format!("{}: {reason}", scenario.name));
+                break;
+            }
         };
         watcher.end(scenario, &outcome);
         session.outcomes.push((scenario.clone(), outcome));

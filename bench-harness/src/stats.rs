@@ -34,13 +34,13 @@
 //!    absolute size. p alone would alarm for a real difference of 0.5 % that comes from where the
 //!    linker put a loop.
 //!
-//! Exact counts (ioctls, system calls, allocations) do not need any of this: every difference is
-//! an alarm.
+//! Exact counts (ioctls, system calls, allocations) do not need any of this: every difference from
+//! those recorded is an alarm ([`crate::gate`]).
 
 pub mod gate;
 pub mod interleave;
 pub mod rng;
 pub mod signed_rank;
 
-pub use gate::{CountAlarm, Judgement, MetricVerdict, Thresholds, Verdict, judge};
+pub use gate::{Judgement, MetricVerdict, Thresholds, Verdict, judge};
 pub use interleave::{Batch, Plan, Side, Unit, interleave};

@@ -12,15 +12,15 @@ use std::sync::Mutex;
 /// until its exec, and a script that is open for writing cannot be run (ETXTBSY).
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// A program whose batches have this median in µs, give or take a little, and this many ioctls.
-fn pretender(name: &str, median_us: u32, ioctls: u32) -> PathBuf {
+/// A program whose batches have this median in µs, give or take a little, and this many failed forks.
+fn pretender(name: &str, median_us: u32, failed: u32) -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     // The process id is as good as noise: a few µs that differ from batch to batch.
     let script = format!(
         "#!/bin/sh\nm=$(({median_us} + $$ % 5))\n\
          echo something for people\n\
          echo '{{\"metrics\":{{\"branch_us\":['$m','$m',9000]}},\
-         \"counts\":{{\"ioctl KVM_RUN\":{ioctls}}},\"failed\":0}}'\n"
+         \"failed\":{failed}}}'\n"
     );
     fs::write(&path, script).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -42,7 +42,7 @@ fn ab(base: &Path, change: &Path, out: &str) -> (Output, String, PathBuf) {
 #[test]
 fn the_same_passes() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let base = pretender("same", 100, 2);
+    let base = pretender("same", 100, 0);
     let (output, text, folder) = ab(&base, &base, "ab-same");
     assert!(output.status.success() && text.ends_with("no alarm\n"), "{text}");
     assert!(folder.join("ab-quiet-1.json").is_file());
@@ -52,7 +52,7 @@ fn the_same_passes() {
 #[test]
 fn a_slow_down_alarms_after_a_second_look() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let (base, change) = (pretender("slow-a", 100, 2), pretender("slow-b", 115, 2));
+    let (base, change) = (pretender("slow-a", 100, 0), pretender("slow-b", 115, 0));
     let (output, text, _) = ab(&base, &change, "ab-slow");
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(
@@ -63,19 +63,19 @@ fn a_slow_down_alarms_after_a_second_look() {
 }
 
 #[test]
-fn one_added_ioctl_alarms_at_once() {
+fn one_failed_fork_alarms_at_once() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let (base, change) = (pretender("ioctl-a", 100, 2), pretender("ioctl-b", 100, 3));
-    let (output, text, _) = ab(&base, &change, "ab-ioctl");
+    let (base, change) = (pretender("failed-a", 100, 0), pretender("failed-b", 100, 1));
+    let (output, text, _) = ab(&base, &change, "ab-failed");
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("quiet ioctl KVM_RUN: 2 in A, 3 in B"), "{text}");
+    assert!(text.contains("quiet failed forks: 0 in A, "), "{text}");
     assert!(!text.contains("again"), "{text}");
 }
 
 #[test]
 fn an_executable_that_fails_is_named() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let base = pretender("fails-a", 100, 2);
+    let base = pretender("fails-a", 100, 0);
     let (output, _, _) = ab(&base, Path::new("/bin/false"), "ab-fails");
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && text.contains("/bin/false samples quiet"), "{text}");

@@ -7,11 +7,16 @@
 
 use std::fs::{self, OpenOptions};
 use std::process::ExitCode;
+use std::time::Instant;
 
+use bench_harness::baseline::BaselineError;
+use bench_harness::baseline::cold::{self, ColdConfig};
+use bench_harness::baseline::floor::{DirtyPages, Floor, FloorConfig, Standby};
 use bench_harness::lab::{EngineLab, Options};
 use bench_harness::scenario::{Catalogue, Scenario};
 use bench_harness::session::{Lab, LabError, ScenarioRun, Silent};
 use libtest_mimic::{Arguments, Failed, Trial};
+use runtime::memory::BackingKind;
 
 const SCENARIOS: &str = r#"
 [[scenario]]
@@ -106,7 +111,10 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("every_kind_of_scenario_runs_and_leaves_nothing", every_kind),
         trial("a_wrong_checksum_voids_the_run", negative_control),
-        trial("a_floor_lies_below_every_fork", floor),
+        trial("floor_and_baselines_come_with_a_scenario", compared),
+        trial("every_primitive_takes_time_and_no_process_is_left", primitives),
+        trial("every_backing_has_a_floor_or_says_what_it_lacks", backings),
+        trial("making_a_machine_takes_time_and_so_does_its_end", cold_machines),
     ];
     if let Err(error) = &kvm {
         eprintln!("/dev/kvm cannot be opened, tests that need it are ignored: {error}");
@@ -195,7 +203,7 @@ fn negative_control() -> Result<(), Failed> {
     Ok(())
 }
 
-fn floor() -> Result<(), Failed> {
+fn compared() -> Result<(), Failed> {
     let run = run("dirty", Options { compare: true, ..BARE })?;
     let floor = run.floor_us.unwrap();
     let branch = run.recorder.summary("branch_us").unwrap();
@@ -203,5 +211,54 @@ fn floor() -> Result<(), Failed> {
     for baseline in ["cold_create_us", "process_fork_us", "posix_spawn_us"] {
         assert!(run.baselines_us.contains_key(baseline), "{baseline}: {:?}", run.notes);
     }
+    Ok(())
+}
+
+fn primitives() -> Result<(), Failed> {
+    let before = children_of_this_thread();
+    let clock = Instant::now();
+    let floor = Floor::measure(&FloorConfig { memory_mib: 64, ..FloorConfig::default() })?;
+    let seconds = clock.elapsed().as_secs_f64();
+    for (name, figure) in floor.primitives() {
+        assert!(figure.n >= 5, "{name}: {figure:?}");
+        assert!(figure.p50_us > 0.0 && figure.p50_us <= figure.p99_us, "{name}: {figure:?}");
+        assert!(figure.p50_us < 50_000.0, "{name}: {figure:?}");
+    }
+    assert!(floor.apply_hot.p50_us < floor.apply.p50_us, "{floor:?}");
+    assert!(floor.sum_us(DirtyPages::default(), Standby::Parked) > 0.0);
+    assert!(seconds < 5.0, "took {seconds} s");
+    assert_eq!(children_of_this_thread(), before, "a process is left");
+    Ok(())
+}
+
+fn backings() -> Result<(), Failed> {
+    for backing in [BackingKind::Thp, BackingKind::Hugetlb] {
+        let config = FloorConfig { memory_mib: 64, backing, ..FloorConfig::default() };
+        match Floor::measure(&config) {
+            Ok(floor) => assert!(floor.apply.p50_us > 0.0),
+            Err(BaselineError::Memory(error)) => {
+                let text = error.to_string();
+                assert!(text.contains("huge page") || text.contains("mmap"), "{text}");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn children_of_this_thread() -> String {
+    fs::read_to_string("/proc/thread-self/children").unwrap()
+}
+
+fn cold_machines() -> Result<(), Failed> {
+    let config = ColdConfig { memory_mib: 64, vcpus: 2, samples: 5, ..ColdConfig::default() };
+    let cold = cold::measure(&config)?;
+    assert_eq!(cold.create_us.len(), 5);
+    assert_eq!(cold.create_us.len(), cold.teardown_us.len());
+    // VM, memslot and vCPU alone are three system calls of tens of microseconds.
+    assert!(cold.create_us.iter().all(|us| *us > 50.0 && *us < 1e6), "{cold:?}");
+    assert!(cold.teardown_us.iter().all(|us| *us > 0.0 && *us < 1e6), "{cold:?}");
+    let none = cold::measure(&ColdConfig { vcpus: 0, ..ColdConfig::default() });
+    assert!(matches!(none, Err(BaselineError::NoSamples { .. })), "{none:?}");
     Ok(())
 }

@@ -76,7 +76,6 @@ impl Lab for PretendLab {
             progress.advance(1);
         }
         run.recorder.record_apart("prewarm_us", 1_800.0);
-        run.counts.insert("ioctl KVM_RUN".to_owned(), 2);
         run.baselines_us.insert("cold_create_us".to_owned(), vec![987.0, 1_002.0, 1_486.0]);
         run.memory_per_child_bytes = Some(1_600_000);
         Ok(run)

@@ -79,25 +79,3 @@ pub fn measure(config: &ColdConfig) -> Result<Cold, BaselineError> {
     }
     Ok(cold)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn making_a_machine_takes_time_and_so_does_its_end() {
-        let config = ColdConfig { memory_mib: 64, vcpus: 2, samples: 5, ..ColdConfig::default() };
-        let cold = measure(&config).unwrap();
-        assert_eq!(cold.create_us.len(), 5);
-        assert_eq!(cold.create_us.len(), cold.teardown_us.len());
-        // VM, memslot and vCPU alone are three system calls of tens of microseconds.
-        assert!(cold.create_us.iter().all(|us| *us > 50.0 && *us < 1e6), "{cold:?}");
-        assert!(cold.teardown_us.iter().all(|us| *us > 0.0 && *us < 1e6), "{cold:?}");
-    }
-
-    #[test]
-    fn a_machine_without_a_processor_is_an_error() {
-        let none = measure(&ColdConfig { vcpus: 0, ..ColdConfig::default() });
-        assert!(matches!(none, Err(BaselineError::NoSamples { .. })), "{none:?}");
-    }
-}

@@ -1,8 +1,8 @@
 //! `ab`: two executables of this program, measured in turn.
 //!
 //! They are given as files, or as two revisions that are built first. Each batch is a process of its
-//! own: `EXECUTABLE samples SCENARIO`. A timing alarm is measured
-//! again with other coins before it counts; an exact count that differs counts at once.
+//! own: `EXECUTABLE samples SCENARIO`. A timing alarm is measured again with other coins before it
+//! counts; more failed forks count at once.
 
 use std::fmt::Write as _;
 use std::io::Write;
@@ -125,11 +125,11 @@ pub(super) fn judged(
     let mut base_us = f64::NAN;
     for name in &args.names {
         let mut judgement = round(args, &sides, scenarios, (name, args.seed), out)?;
-        if judgement.timing_alarm() && !judgement.exact_alarm() {
+        if judgement.timing_alarm() && !judgement.failure_alarm() {
             writeln!(out, "{name}: measuring the alarm again")?;
             judgement = round(args, &sides, scenarios, (name, !args.seed), out)?;
         }
-        if judgement.timing_alarm() || judgement.exact_alarm() {
+        if judgement.timing_alarm() || judgement.failure_alarm() {
             alarms.push(name.as_str());
         }
         base_us = judgement.metrics.first().map_or(f64::NAN, |metric| metric.a_us);
@@ -160,9 +160,6 @@ fn round(
     let judgement = judge(&units, &metrics, metrics.len() * args.names.len(), &thresholds);
     for metric in &judgement.metrics {
         writeln!(out, "{name} {metric}")?;
-    }
-    for count in &judgement.counts {
-        writeln!(out, "{name} {count}")?;
     }
     if judgement.failed != (0, 0) {
         let (a, b) = judgement.failed;

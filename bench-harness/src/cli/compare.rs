@@ -4,11 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::report::{RunSummary, ScenarioSummary};
-use crate::stats::gate::count_differences;
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
@@ -23,6 +22,14 @@ pub(super) struct CompareArgs {
 pub(super) fn compare(args: &CompareArgs, out: &mut dyn Write) -> Result<ExitCode> {
     let a = RunSummary::read(&args.a).context("first run")?;
     let b = RunSummary::read(&args.b).context("second run")?;
+    for (which, run) in [("first", &a), ("second", &b)] {
+        if let Some(why) = &run.void {
+            bail!("the {which} run is void, and none of its figures counts: {why}");
+        }
+        if let Some(why) = &run.ended {
+            writeln!(out, "The {which} run is incomplete; it ended at {why}")?;
+        }
+    }
     writeln!(out, "A {} on {}, load {:.1}", a.revision, a.host.kernel, a.load[0][0])?;
     writeln!(out, "B {} on {}, load {:.1}", b.revision, b.host.kernel, b.load[0][0])?;
     writeln!(out, "Runs at different times differ by up to a factor of two on a shared machine;")?;
@@ -68,10 +75,6 @@ fn row(a: &ScenarioSummary, b: &ScenarioSummary, out: &mut dyn Write) -> Result<
             floor(a),
             floor(b)
         )?;
-    }
-    for (count, before, after) in count_differences(&a.counts, &b.counts) {
-        let text = |value: Option<u64>| value.map_or("none".to_owned(), |v| v.to_string());
-        writeln!(out, "{name:<18} {count}: {} in A, {} in B", text(before), text(after))?;
     }
     Ok(())
 }

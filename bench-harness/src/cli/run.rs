@@ -128,7 +128,7 @@ fn batch(run: &ScenarioRun) -> Batch {
         (name.to_owned(), samples.collect())
     };
     let metrics: BTreeMap<String, Vec<f64>> = recorder.metrics().map(finite).collect();
-    Batch { metrics, counts: run.counts.clone(), failed: recorder.failed() as u64 }
+    Batch { metrics, failed: recorder.failed() as u64 }
 }
 
 fn measure(scenarios: &[Scenario], open_lab: OpenLab<'_>) -> Result<Session> {
@@ -149,8 +149,9 @@ fn without_layer(error: LabError) -> anyhow::Error {
 }
 
 fn finish(session: &Session) -> Result<ExitCode> {
-    match &session.void {
-        Some(why) => bail!("void run: {why}"),
-        None => Ok(ExitCode::SUCCESS),
+    match (&session.void, &session.ended) {
+        (Some(why), _) => bail!("void run: {why}"),
+        (_, Some(why)) => bail!("the run is incomplete; it ended at {why}"),
+        (None, None) => Ok(ExitCode::SUCCESS),
     }
 }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::error::void;
 use super::model::Model;
+use super::process;
 use super::program::{Guest, Pick, Plan, Rate, Words, restless};
 use super::rig::{Outcome, Rig, SEED};
 use super::sample::{failed, sample, us};
@@ -92,6 +93,19 @@ impl<'a> Bench<'a> {
         {
             return Err(LabError::Unavailable { reason: note });
         }
+        let mut page_bytes = page_bytes(backing);
+        let mut notes = Vec::new();
+        if backing == BackingKind::Thp {
+            let huge = process::huge_mapped_bytes(rig.pid(guest.uuid)?);
+            notes.push(format!(
+                "{} of {} MiB of the root's memory were mapped by huge pages before it was armed",
+                huge.map_or("an unknown number".to_owned(), |bytes| (bytes >> 20).to_string()),
+                scenario.memory_mib
+            ));
+            if huge == Some(0) {
+                page_bytes = 4096;
+            }
+        }
         let unknown = u64::from(scenario.vcpus - 1);
         for vcpu in 1..scenario.vcpus {
             rig.leave(guest.uuid, vcpu, &restless(&guest, u64::from(vcpu - 1)))?;
@@ -101,8 +115,7 @@ impl<'a> Bench<'a> {
             rig.delay(guest.uuid, scenario.delay_us)?;
         }
         rig.ready(guest.uuid, scenario.children_per_fork)?;
-        let mut run =
-            ScenarioRun { page_bytes: Some(page_bytes(backing)), ..ScenarioRun::default() };
+        let mut run = ScenarioRun { page_bytes: Some(page_bytes), notes, ..ScenarioRun::default() };
         [run.stages, run.child_stages] = super::sample::stages();
         run.notes.extend(rig.notes(guest.uuid));
         let seed = if spoil { SEED + 1 } else { SEED };
@@ -140,12 +153,6 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// Another generation, and a seed of its own.
-    pub(super) fn fresh(&mut self) -> (u64, u64) {
-        self.generation += 1;
-        (self.generation, self.generation * SEEDS)
-    }
-
     /// Forks as planned and checks parent and children.
     pub(super) fn fork(&mut self, plan: &Plan) -> Result<Round, LabError> {
         let guest = self.guest;
@@ -157,6 +164,9 @@ impl<'a> Bench<'a> {
             Outcome::Failed { step, errno, parent } => {
                 // The pages were dirtied all the same.
                 self.remember(plan, &parent);
+                if let Some(work) = plan.work.filter(|work| work.who == who::PARENT) {
+                    self.model.work(0..work.pages, work.passes);
+                }
                 return Ok(Round {
                     sample: failed(&step, errno),
                     children: Vec::new(),

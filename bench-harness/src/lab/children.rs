@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::bench::Bench;
 use super::error::Trouble;
 use super::process;
+use crate::record::Sample;
 use crate::session::LabError;
 
 /// Children whose memory is looked at page by page.
@@ -25,14 +26,19 @@ pub(super) fn children(bench: &mut Bench<'_>) -> Result<(), LabError> {
     let begin = Instant::now();
     let mut alive: Vec<Uuid> = Vec::new();
     for _ in 0..keep {
-        alive.extend(one(bench, alive.len())?);
+        alive.extend(one(bench, alive.len(), Sample::aside)?);
         bench.rig.ready(bench.guest.uuid, 1)?;
     }
-    bench.run.values.insert("started_s".to_owned(), begin.elapsed().as_secs_f64());
+    let seconds = begin.elapsed().as_secs_f64();
+    if u32::try_from(alive.len()) == Ok(keep) {
+        bench.run.values.insert("started_s".to_owned(), seconds);
+    } else {
+        bench.run.notes.push(format!("of {keep} children {} came to life", alive.len()));
+    }
     std::thread::sleep(SETTLE);
     weigh(bench, &alive, before)?;
     for _ in 0..scenario.forks {
-        let children = one(bench, alive.len())?;
+        let children = one(bench, alive.len(), |sample| sample)?;
         bench.rig.end_all(&children)?;
         bench.rig.ready(bench.guest.uuid, 1)?;
     }
@@ -43,26 +49,33 @@ pub(super) fn children(bench: &mut Bench<'_>) -> Result<(), LabError> {
 }
 
 /// One fork while so many children are alive.
-fn one(bench: &mut Bench<'_>, alive: usize) -> Result<Vec<Uuid>, LabError> {
+fn one(
+    bench: &mut Bench<'_>,
+    alive: usize,
+    as_what: impl FnOnce(Sample) -> Sample,
+) -> Result<Vec<Uuid>, LabError> {
     let plan = bench.plan();
     let mut round = bench.fork(&plan)?;
     let alive = u32::try_from(alive).map_or(f64::INFINITY, f64::from);
-    bench.record_with(&mut round, |sample| sample.with("alive_children", alive));
+    bench.record_with(&mut round, |sample| as_what(sample.with("alive_children", alive)));
     bench.progress.advance(1);
     Ok(round.children)
 }
 
 /// Memory of one child: as the whole machine sees it, and what of it is private user memory.
-fn weigh(bench: &mut Bench<'_>, alive: &[Uuid], before: u64) -> Result<(), Trouble> {
+fn weigh(bench: &mut Bench<'_>, alive: &[Uuid], before: Option<u64>) -> Result<(), Trouble> {
     let Ok(count @ 1..) = u32::try_from(alive.len()) else { return Ok(()) };
-    let lost = before.saturating_sub(process::available_bytes());
-    bench.run.memory_per_child_bytes = Some(lost / u64::from(count));
+    // Nothing is known if more is free than before: somebody else gave it back.
+    let lost = before.zip(process::available_bytes()).and_then(|(was, is)| was.checked_sub(is));
+    bench.run.memory_per_child_bytes = lost.map(|lost| lost / u64::from(count));
     let mut private = Vec::new();
     for uuid in alive.iter().step_by(alive.len().div_ceil(WEIGHED)) {
         // The child's zygote is part of it.
         let processes = process::tree(bench.rig.pid(*uuid)?);
-        private.push(processes.into_iter().map(process::private_dirty_bytes).sum::<u64>());
+        let bytes = processes.into_iter().map(process::private_dirty_bytes);
+        private.push(bytes.sum::<Option<u64>>());
     }
+    let Some(private) = private.into_iter().collect::<Option<Vec<u64>>>() else { return Ok(()) };
     #[expect(clippy::cast_precision_loss, reason = "bytes of a few processes are below 2^52")]
     let mean = private.iter().sum::<u64>() as f64 / private.len().max(1) as f64;
     bench.run.values.insert("private_user_bytes".to_owned(), mean);

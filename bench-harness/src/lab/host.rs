@@ -54,7 +54,7 @@ pub(super) fn go_on() -> Result<(), Trouble> {
 /// lately is 6 to 60 times slower on its first touch, where a hypervisor below takes free memory
 /// back and has to find it again.
 pub(super) fn warm_memory(needed: u64) -> Result<(), SysError> {
-    let wanted = (process::available_bytes() / 2).min(WARM_BYTES + 2 * needed);
+    let wanted = (process::available_bytes().unwrap_or(0) / 2).min(WARM_BYTES + 2 * needed);
     let bytes = usize::try_from(wanted).unwrap_or(0) & !((2 << 20) - 1);
     if bytes == 0 {
         return Ok(());
@@ -85,7 +85,9 @@ pub(super) fn warm_memory(needed: u64) -> Result<(), SysError> {
 
 /// Whether there is as much memory.
 pub(super) fn require_memory(bytes: u64) -> Result<(), LabError> {
-    let (needed, available) = (bytes + RESERVE_BYTES, process::available_bytes());
+    let needed = bytes + RESERVE_BYTES;
+    // Where the kernel does not tell it is tried.
+    let available = process::available_bytes().unwrap_or(u64::MAX);
     if needed <= available {
         return Ok(());
     }

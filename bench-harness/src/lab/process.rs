@@ -63,35 +63,38 @@ pub(super) fn tree(root: i32) -> Vec<i32> {
     tree
 }
 
-/// CPU time of all threads of a process, in ns.
-pub(super) fn cpu_ns(pid: i32) -> u64 {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
+/// CPU time of all threads of a process, in ns; `None` if the kernel does not tell.
+pub(super) fn cpu_ns(pid: i32) -> Option<u64> {
     let ns = |text: String| text.split(' ').next().and_then(|ns| ns.parse::<u64>().ok());
-    tasks
+    fs::read_dir(format!("/proc/{pid}/task"))
+        .ok()?
         .flatten()
-        .filter_map(|task| ns(fs::read_to_string(task.path().join("schedstat")).ok()?))
+        .map(|task| ns(fs::read_to_string(task.path().join("schedstat")).ok()?))
         .sum()
 }
 
 /// User memory that belongs to nobody else and would have to be written out, in bytes.
-pub(super) fn private_dirty_bytes(pid: i32) -> u64 {
-    kib(&format!("/proc/{pid}/smaps_rollup"), "Private_Dirty:") << 10
+pub(super) fn private_dirty_bytes(pid: i32) -> Option<u64> {
+    kib(&format!("/proc/{pid}/smaps_rollup"), "Private_Dirty:").map(|kib| kib << 10)
+}
+
+/// Shared memory and files that are mapped by huge pages, in bytes.
+pub(super) fn huge_mapped_bytes(pid: i32) -> Option<u64> {
+    let rollup = format!("/proc/{pid}/smaps_rollup");
+    let [shmem, file] = ["ShmemPmdMapped:", "FilePmdMapped:"].map(|name| kib(&rollup, name));
+    Some((shmem? + file?) << 10)
 }
 
 /// Memory that can be had without swapping, in bytes.
-pub(super) fn available_bytes() -> u64 {
-    kib("/proc/meminfo", "MemAvailable:") << 10
+pub(super) fn available_bytes() -> Option<u64> {
+    kib("/proc/meminfo", "MemAvailable:").map(|kib| kib << 10)
 }
 
-/// A line `Name:   123 kB`, 0 if it is not there.
-fn kib(file: &str, name: &str) -> u64 {
-    fs::read_to_string(file)
-        .unwrap_or_default()
-        .lines()
-        .find_map(|line| line.strip_prefix(name))
-        .and_then(|rest| rest.split_whitespace().next())
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0)
+/// A line `Name:   123 kB`.
+fn kib(file: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    rest.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -113,6 +116,8 @@ mod tests {
         let me = all.iter().find(|process| process.pid == own).unwrap();
         assert!(group(me.group).iter().any(|process| process.pid == own));
         assert_eq!(tree(own)[0], own);
-        assert!(cpu_ns(own) > 0 && private_dirty_bytes(own) > 0 && available_bytes() > 0);
+        assert!(cpu_ns(own) > Some(0) && available_bytes() > Some(0));
+        assert!(private_dirty_bytes(own) > Some(0) && huge_mapped_bytes(own).is_some());
+        assert_eq!(cpu_ns(-1), None);
     }
 }

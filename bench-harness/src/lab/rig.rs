@@ -104,11 +104,6 @@ impl Rig {
         self.ask(uuid, Request::Standbys { count }, "waiting for a standby")
     }
 
-    /// Switches sync rounds.
-    pub(super) fn sync(&self, uuid: Uuid, on: bool) -> Result<(), Trouble> {
-        self.ask(uuid, Request::Sync { on }, "switching sync")
-    }
-
     fn ask(&self, uuid: Uuid, request: Request, doing: &'static str) -> Result<(), Trouble> {
         self.owner().ask(uuid, request).map(drop).map_err(engine(doing))
     }

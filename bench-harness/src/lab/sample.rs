@@ -50,6 +50,7 @@ pub(super) fn sample(report: &ForkReport) -> Sample {
     }
     sample
         .with("captured_pages", report.captured_pages.into())
+        .with("helped_pages", child.helped_pages.into())
         .with("applied_pages", child.applied_pages.into())
         .with("private_pages", child.private_pages.into())
         .with("child_faults", child.faults.into())

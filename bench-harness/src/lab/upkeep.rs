@@ -80,14 +80,17 @@ fn idle(bench: &mut Bench<'_>) -> Result<(), LabError> {
     // What the last fork left to do is over by then.
     std::thread::sleep(Duration::from_millis(500));
     let processes = process::tree(bench.rig.pid(bench.guest.uuid)?);
-    let cpu_ns = || processes.iter().map(|pid| process::cpu_ns(*pid)).sum::<u64>();
+    let cpu_ns = || processes.iter().map(|pid| process::cpu_ns(*pid)).sum::<Option<u64>>();
     let (before, begin) = (cpu_ns(), Instant::now());
     while begin.elapsed() < IDLE {
         host::go_on()?;
         std::thread::sleep(Duration::from_millis(100));
     }
-    let seconds = super::sample::us(cpu_ns().saturating_sub(before)) / 1e6;
-    let ratio = seconds / begin.elapsed().as_secs_f64();
-    bench.run.values.insert("idle_cpu_ratio".to_owned(), ratio);
+    let elapsed = begin.elapsed().as_secs_f64();
+    // Less than before: a thread has ended, and taken its time along.
+    if let Some(ns) = before.zip(cpu_ns()).and_then(|(before, after)| after.checked_sub(before)) {
+        let ratio = super::sample::us(ns) / 1e6 / elapsed;
+        bench.run.values.insert("idle_cpu_ratio".to_owned(), ratio);
+    }
     Ok(())
 }

@@ -13,6 +13,9 @@ pub(super) fn readme(name: &str, run: &RunSummary, pictures: &[String]) -> Strin
             "> **VOID.** {why}. A fork had the wrong outcome; no figure of this run counts.\n"
         );
     }
+    if let Some(why) = &run.ended {
+        let _infallible = writeln!(text, "> **Incomplete.** The run ended at {why}.\n");
+    }
     text.push_str(&conditions(run));
     section(
         &mut text,

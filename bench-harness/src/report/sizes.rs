@@ -63,7 +63,8 @@ pub(super) fn drift(recorder: &Recorder) -> Option<f64> {
         Some(Summary::of(&samples)?.p50.0)
     };
     let ratio = p50(&pairs[pairs.len() - eighth..])? / p50(&pairs[..eighth])?;
-    ratio.is_finite().then_some(ratio)
+    // Infinite by infinite: where most forks fail there is no flatness.
+    Some(if ratio.is_nan() { f64::INFINITY } else { ratio })
 }
 
 #[cfg(test)]
@@ -83,6 +84,18 @@ mod tests {
         let expected = [("1", 1), ("2", 1), ("4", 2), ("8", 4), ("16", 8), ("32", 16), ("64", 32)];
         assert_eq!(ends, expected.map(|(size, n)| (size.to_owned(), n)));
         assert!((drift(&recorder).unwrap() - 1.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn forks_that_fail_at_depth_are_a_drift() {
+        let mut recorder = Recorder::new();
+        for fork in 0..80u32 {
+            recorder.record(match fork {
+                0..60 => Sample::new().with("branch_us", 100.0),
+                _ => Sample::failed("wake: died"),
+            });
+        }
+        assert_eq!(drift(&recorder), Some(f64::INFINITY));
     }
 
     #[test]

@@ -36,6 +36,9 @@ pub struct RunSummary {
     pub seconds: f64,
     /// Why all of it is void.
     pub void: Option<String>,
+    /// Why it ended before its last scenario.
+    #[serde(default)]
+    pub ended: Option<String>,
     /// What was measured.
     pub scenarios: Vec<ScenarioSummary>,
     /// What this host could not run: name, reason.
@@ -64,8 +67,12 @@ pub struct ScenarioSummary {
     /// Those of them that happen in the child, while the others happen in the parent.
     #[serde(default)]
     pub child_stages: Vec<String>,
-    /// The stage that makes the slowest 2 % of the forks slow, or `outside the stages`.
+    /// The stage that makes the slowest 2 % of the forks slow, or `outside the stages`; the same for
+    /// the longest pauses, in which the child's stages have no part.
     pub tail_stage: Option<String>,
+    #[serde(default)]
+    /// See `tail_stage`.
+    pub pause_tail_stage: Option<String>,
     /// `branch_us` by depth or by number of live children, where the scenario has them.
     pub sizes: Vec<SizePoint>,
     /// p50 of `branch_us` in the last eighth of the forks (of the depths, of the children alive)
@@ -77,8 +84,6 @@ pub struct ScenarioSummary {
     pub floor_parts_us: BTreeMap<String, f64>,
     /// What is compared with.
     pub baselines: BTreeMap<String, Summary>,
-    /// Exact counts per fork.
-    pub counts: BTreeMap<String, u64>,
     /// Other figures, by name with unit.
     pub values: BTreeMap<String, f64>,
     /// Memory of one more child in bytes.
@@ -110,7 +115,12 @@ impl ScenarioSummary {
             failed: recorder.failed() as u64,
             failures: failures.map(|(why, times)| (why.to_owned(), times)).collect(),
             metrics: recorder.metrics().filter_map(summary).collect(),
-            tail_stage: tail_stage(recorder, &stages),
+            tail_stage: tail_stage(recorder, "branch_us", stages.iter()),
+            pause_tail_stage: tail_stage(
+                recorder,
+                "pause_us",
+                stages.iter().filter(|stage| !run.child_stages.contains(stage)),
+            ),
             stages,
             child_stages: run.child_stages.clone(),
             sizes: sizes(recorder),
@@ -120,7 +130,6 @@ impl ScenarioSummary {
             baselines: baselines
                 .filter_map(|(name, samples)| Some((name.clone(), Summary::of(samples)?)))
                 .collect(),
-            counts: run.counts.clone(),
             values: run.values.clone(),
             memory_per_child_bytes: run.memory_per_child_bytes,
             page_bytes: run.page_bytes,
@@ -187,6 +196,7 @@ pub fn summarize(session: &Session, revision: Revision) -> RunSummary {
         started_unix_s: since_1970.as_secs(),
         seconds: session.seconds,
         void: session.void.clone(),
+        ended: session.ended.clone(),
         // A void run proves nothing, met figures least of all.
         figures: if session.void.is_some() { Vec::new() } else { verdicts(&scenarios) },
         scenarios,

@@ -80,7 +80,7 @@ fn scenario_row(summary: &ScenarioSummary) -> Vec<String> {
     row
 }
 
-/// p50 and p99 of each stage; a column per stage, in the order of the path.
+/// p50, p90, p99 and maximum of each stage; a column per stage, in the order of the path.
 pub(super) fn stages(run: &RunSummary) -> String {
     let mut stages: Vec<&str> = Vec::new();
     for stage in run.scenarios.iter().flat_map(|summary| &summary.stages) {
@@ -89,14 +89,19 @@ pub(super) fn stages(run: &RunSummary) -> String {
         }
     }
     let words: Vec<String> = stages.iter().map(|stage| stage_word(stage)).collect();
-    let mut head = vec!["p50 / p99 in µs"];
+    let mut head = vec!["p50 / p90 / p99 / max in µs", "n"];
     head.extend(words.iter().map(String::as_str));
     let cell = |summary: &ScenarioSummary, stage: &str| {
-        or_none(summary.metrics.get(stage).map(|s| format!("{} / {}", s.p50, s.p99)))
+        or_none(
+            summary
+                .metrics
+                .get(stage)
+                .map(|s| format!("{} / {} / {} / {}", s.p50, s.p90, s.p99, s.max)),
+        )
     };
     let with_stages = run.scenarios.iter().filter(|summary| !summary.stages.is_empty());
     let rows = with_stages.map(|summary| {
-        let mut row = vec![summary.scenario.name.clone()];
+        let mut row = vec![summary.scenario.name.clone(), summary.n.to_string()];
         row.extend(stages.iter().map(|stage| cell(summary, stage)));
         row
     });
@@ -119,18 +124,15 @@ pub(super) fn others(run: &RunSummary) -> String {
     table(&["scenario, metric", "n", "p50", "p90", "p99", "max"], &rows)
 }
 
-/// Exact counts and single values.
+/// Single values.
 pub(super) fn values(run: &RunSummary) -> String {
     let mut rows = Vec::new();
     for summary in &run.scenarios {
         let mut push = |name: &str, value: String| {
             rows.push(vec![format!("{} {name}", summary.scenario.name), value]);
         };
-        for (name, count) in &summary.counts {
-            push(name, count.to_string());
-        }
         for (name, value) in &summary.values {
-            push(name, Micros(*value).to_string());
+            push(name, number(*value));
         }
         for (name, value) in &summary.floor_parts_us {
             push(&format!("floor: {name} (µs)"), Micros(*value).to_string());
@@ -152,12 +154,13 @@ pub(super) fn figures(run: &RunSummary) -> String {
     table(&head, &rows)
 }
 
+fn number(value: f64) -> String {
+    let decimals = if value.abs() < 0.1 { 4 } else { 2 };
+    if value.abs() < 10.0 { format!("{value:.decimals$}") } else { Micros(value).to_string() }
+}
+
 fn figure_row(figure: &FigureVerdict) -> Vec<String> {
     let sign = if figure.at_least { "≥" } else { "≤" };
-    let number = |value: f64| {
-        let decimals = if value.abs() < 0.1 { 4 } else { 2 };
-        if value.abs() < 10.0 { format!("{value:.decimals$}") } else { Micros(value).to_string() }
-    };
     let bound = |bound: Option<f64>| or_none(bound.map(|b| format!("{sign} {}", number(b))));
     let verdict = match (figure.met, figure.missed_by) {
         (Met::Then, _) => "met, further goal too".to_owned(),

@@ -1,6 +1,5 @@
 //! The decision: did the change make forks slower, or make them do more?
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -78,34 +77,11 @@ impl fmt::Display for MetricVerdict {
     }
 }
 
-/// An exact count that is not the same.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CountAlarm {
-    /// Name of the count.
-    pub name: String,
-    /// The values seen in batches of A; `None` where the count was not there.
-    pub a: BTreeSet<Option<u64>>,
-    /// The values seen in batches of B.
-    pub b: BTreeSet<Option<u64>>,
-}
-
-impl fmt::Display for CountAlarm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |values: &BTreeSet<Option<u64>>| {
-            let texts = values.iter().map(|v| v.map_or("none".to_owned(), |v| v.to_string()));
-            texts.collect::<Vec<_>>().join(" or ")
-        };
-        write!(f, "{}: {} in A, {} in B", self.name, list(&self.a), list(&self.b))
-    }
-}
-
 /// Everything about one scenario.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Judgement {
     /// The metrics compared, in the order asked for.
     pub metrics: Vec<MetricVerdict>,
-    /// Counts that differ.
-    pub counts: Vec<CountAlarm>,
     /// Failed forks of A and of B.
     pub failed: (u64, u64),
 }
@@ -118,11 +94,10 @@ impl Judgement {
         self.metrics.iter().any(|m| matches!(m.verdict, Verdict::Slower | Verdict::Missing))
     }
 
-    /// Whether something exact alarms: a count that differs, or more failed forks in B. This needs
-    /// no second run.
+    /// Whether more forks failed in B. This needs no second run.
     #[must_use]
-    pub fn exact_alarm(&self) -> bool {
-        !self.counts.is_empty() || self.failed.1 > self.failed.0
+    pub fn failure_alarm(&self) -> bool {
+        self.failed.1 > self.failed.0
     }
 }
 
@@ -143,7 +118,6 @@ pub fn judge(
         |side: fn(&Unit) -> &Vec<Batch>| units.iter().flat_map(side).map(|b| b.failed).sum();
     Judgement {
         metrics: metrics.iter().map(|metric| compare(units, metric, &thresholds)).collect(),
-        counts: compare_counts(units),
         failed: (failed(|unit| &unit.a), failed(|unit| &unit.b)),
     }
 }
@@ -194,31 +168,6 @@ fn compare(units: &[Unit], metric: &str, thresholds: &Thresholds) -> MetricVerdi
         p_faster: ranks.p_less,
         units: logs.len(),
     }
-}
-
-fn compare_counts(units: &[Unit]) -> Vec<CountAlarm> {
-    let batches = || units.iter().flat_map(|unit| unit.a.iter().chain(&unit.b));
-    let names: BTreeSet<&String> = batches().flat_map(|batch| batch.counts.keys()).collect();
-    let values = |name: &String, side: fn(&Unit) -> &Vec<Batch>| -> BTreeSet<Option<u64>> {
-        units.iter().flat_map(side).map(|batch| batch.counts.get(name).copied()).collect()
-    };
-    let alarm = |name: &String| {
-        let (a, b) = (values(name, |unit| &unit.a), values(name, |unit| &unit.b));
-        // A count that varies within a side is not exact and must not be recorded as one.
-        (a != b || a.len() > 1).then(|| CountAlarm { name: name.clone(), a, b })
-    };
-    names.into_iter().filter_map(alarm).collect()
-}
-
-/// Differences of exact counts between two recorded runs, as `(name, a, b)`.
-#[must_use]
-pub fn count_differences(
-    a: &BTreeMap<String, u64>,
-    b: &BTreeMap<String, u64>,
-) -> Vec<(String, Option<u64>, Option<u64>)> {
-    let names: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-    let pair = |name: &String| (name.clone(), a.get(name).copied(), b.get(name).copied());
-    names.into_iter().map(pair).filter(|(_, a, b)| a != b).collect()
 }
 
 #[cfg(test)]

@@ -17,13 +17,9 @@ pub enum Side {
 
 /// What one batch measured: some forks of one fresh instance in one fresh process.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Batch {
     /// Samples by metric, finite; µs if the name ends in `_us`.
     pub metrics: BTreeMap<String, Vec<f64>>,
-    /// Exact counts per fork, by name.
-    #[serde(default)]
-    pub counts: BTreeMap<String, u64>,
     /// Forks that failed.
     #[serde(default)]
     pub failed: u64,

@@ -54,18 +54,38 @@ pub fn expected_sum(seed: u64, page: u64, generation: u64, counter: u64) -> u64 
     }))
 }
 
-/// An endless sequence of page numbers, the same in guest and harness.
+/// An endless sequence of page numbers, the same in guest and harness. No page comes again before
+/// all have come: a permutation of the next power of two, in which numbers that are no pages are
+/// left out.
 #[derive(Clone, Debug)]
 pub struct Pages {
     state: u64,
-    pages: u64,
+    key: u64,
+    bound: u64,
+    mask: u64,
+    half: u32,
 }
 
 impl Pages {
-    /// Page numbers below `pages` picked by `seed`.
+    /// Page numbers below `pages` (1 or more) picked by `seed`.
     #[must_use]
     pub const fn new(seed: u64, pages: u64) -> Self {
-        Self { state: mix(seed ^ 0x5eed), pages }
+        let state = mix(seed ^ 0x5eed);
+        let bits = u64::BITS - pages.saturating_sub(1).leading_zeros();
+        let mask = if bits == 0 { 0 } else { u64::MAX >> (u64::BITS - bits) };
+        let half = if bits < 2 { 1 } else { bits.div_ceil(2) };
+        Self { state, key: mix(state), bound: pages, mask, half }
+    }
+
+    /// Each step maps the numbers up to `mask` onto themselves: a sum, a product with an odd
+    /// number, a shift to the right added without carry.
+    const fn permute(&self, x: u64) -> u64 {
+        let x = x.wrapping_add(self.key) & self.mask;
+        let x = x ^ (x >> self.half);
+        let x = x.wrapping_mul(0xbf58_476d_1ce4_e5b9).wrapping_add(self.key >> 32) & self.mask;
+        let x = x ^ (x >> self.half);
+        let x = x.wrapping_mul(0x94d0_49bb_1331_11eb) & self.mask;
+        x ^ (x >> self.half)
     }
 }
 
@@ -73,10 +93,14 @@ impl Iterator for Pages {
     type Item = u64;
 
     fn next(&mut self) -> Option<u64> {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        // Multiply-shift instead of a remainder: no division in the guest's inner loop.
-        let scaled = (u128::from(mix(self.state)) * u128::from(self.pages)) >> 64;
-        Some(scaled as u64)
+        loop {
+            self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let page = self.permute(self.state & self.mask);
+            // Of two numbers one is a page, at least.
+            if page < self.bound {
+                return Some(page);
+            }
+        }
     }
 }
 
@@ -111,15 +135,27 @@ mod tests {
         assert_ne!(of(0), of(1));
     }
 
-    /// Chi-squared over 256 cells: 255 degrees of freedom, so mean 255, deviation about 22.6.
+    #[test]
+    fn no_page_comes_again_before_all_have_come() {
+        for pages in [1_u16, 2, 3, 5, 64, 100, 1000, 4097] {
+            for seed in 0..8 {
+                let drawn = Pages::new(seed, pages.into()).take(pages.into());
+                let all: HashSet<u64> = drawn.collect();
+                assert_eq!(all.len(), usize::from(pages), "seed {seed}");
+            }
+        }
+    }
+
+    /// Chi-squared over 256 cells: 255 degrees of freedom, so mean 255, deviation about 22.6. Of so
+    /// many pages few are drawn: what is left then hardly differs from what was there.
     #[test]
     fn pages_are_uniform() {
         const CELLS: usize = 256;
         const DRAWS: u64 = 256_000;
         for seed in 0..8 {
             let mut cells = [0_u64; CELLS];
-            for page in Pages::new(seed, CELLS as u64 * 1000).take(256_000) {
-                cells[usize::try_from(page / 1000).expect("below 256")] += 1;
+            for page in Pages::new(seed, CELLS as u64 * 100_000).take(256_000) {
+                cells[usize::try_from(page / 100_000).expect("below 256")] += 1;
             }
             let mean = DRAWS / CELLS as u64;
             let chi_squared = cells.iter().map(|&n| n.abs_diff(mean).pow(2)).sum::<u64>() / mean;

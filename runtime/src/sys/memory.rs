@@ -133,23 +133,23 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn the_tightest_group_counts() {
+    fn the_tightest_group_counts() -> std::io::Result<()> {
         let root = std::env::temp_dir().join(format!("ukp-test-{}", uuid::Uuid::new_v4().simple()));
         let group = |path: &str, most: &str, used: &str| {
             let path = root.join(path);
-            fs::create_dir_all(&path).unwrap();
-            fs::write(path.join("memory.max"), most).unwrap();
-            fs::write(path.join("memory.current"), used).unwrap();
+            fs::create_dir_all(&path)?;
+            fs::write(path.join("memory.max"), most)?;
+            fs::write(path.join("memory.current"), used)
         };
-        group("outer", "5000\n", "1000\n");
-        group("outer/middle", "max\n", "900\n");
-        group("outer/middle/inner", "4500\n", "100\n");
+        group("outer", "5000\n", "1000\n")?;
+        group("outer/middle", "max\n", "900\n")?;
+        group("outer/middle/inner", "4500\n", "100\n")?;
         let left = |path| left_in_groups(&root, Path::new(path));
         assert_eq!(left("outer/middle/inner"), 4000);
         assert_eq!(left("outer"), 4000);
-        group("outer/middle/inner", "500\n", "900\n");
+        group("outer/middle/inner", "500\n", "900\n")?;
         assert_eq!(left("outer/middle/inner"), 0);
         assert_eq!(left("elsewhere"), u64::MAX);
-        fs::remove_dir_all(&root).unwrap();
+        fs::remove_dir_all(&root)
     }
 }
