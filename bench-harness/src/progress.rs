@@ -45,6 +45,12 @@ impl Terminal {
         Self { bar, begun: Instant::now(), heading: String::new() }
     }
 
+    /// Says what is under way.
+    pub fn title(&mut self, title: &str) {
+        self.bar.reset_elapsed();
+        self.bar.set_prefix(title.to_owned());
+    }
+
     #[expect(clippy::print_stderr, reason = "the one line per scenario where there is no bar")]
     fn line(&self, text: &str) {
         if self.bar.is_hidden() {
@@ -73,8 +79,7 @@ impl Watcher for Terminal {
     fn begin(&mut self, scenario: &Scenario, index: usize, of: usize) {
         self.heading = format!("[{:>2}/{of}] {}", index + 1, scenario.name);
         self.begun = Instant::now();
-        self.bar.reset_elapsed();
-        self.bar.set_prefix(self.heading.clone());
+        self.title(&self.heading.clone());
     }
 
     fn end(&mut self, _scenario: &Scenario, outcome: &Outcome) {

@@ -178,7 +178,7 @@ fn shows(name: &str, run: &ScenarioRun) {
         _ => &[],
     };
     let values: &[&str] = match name {
-        "busy" => &["sync_tax_ratio"],
+        "busy" => &["forkable_tax_ratio"],
         "children" => &["started_s", "private_user_bytes"],
         "upkeep" => &["idle_cpu_ratio"],
         _ => &[],

@@ -13,6 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 
 use crate::plot::{Curve, percentile_curves};
+use crate::progress::Terminal;
+use crate::session::Progress as _;
 use crate::stats::{Batch, Judgement, Plan, Thresholds, Unit, interleave, judge};
 
 #[derive(Debug, Args)]
@@ -153,7 +155,13 @@ fn round(
     let plan = Plan { units: args.units, seed };
     let side =
         |executable: &Path, delay_us| batch(executable, scenarios, name, (args.forks, delay_us));
-    let units = interleave(&plan, || side(base, 0), || side(change, args.delay_us), |_, _| ())?;
+    let mut progress = Terminal::new();
+    progress.title(name);
+    // Each unit has four batches.
+    progress.phase("batches", 4 * u64::from(args.units));
+    let measured = |_, _: &Batch| progress.advance(1);
+    let units = interleave(&plan, || side(base, 0), || side(change, args.delay_us), measured)?;
+    drop(progress);
     let metrics: Vec<&str> = args.metrics.iter().map(String::as_str).collect();
     let thresholds =
         Thresholds { p: args.p, absolute_us: args.absolute_us, relative: args.relative };

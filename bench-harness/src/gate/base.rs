@@ -96,7 +96,7 @@ impl Repository {
         let worktree = Worktree::new(self.clone(), &folder.join(hash), hash)?;
         let target = worktree.path.join("target");
         let mut cargo = Command::new("cargo");
-        cargo.args(["build", "--release", "--locked", "--quiet", "-p", "bench-harness"]);
+        cargo.args(["build", "--release", "--locked", "-p", "bench-harness"]);
         cargo.arg("--target-dir").arg(&target).current_dir(&worktree.path);
         let status = cargo.status().context("cargo cannot be started")?;
         ensure!(status.success(), "revision {hash} does not build ({status})");

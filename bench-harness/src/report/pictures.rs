@@ -110,7 +110,7 @@ fn trend_pictures(run: &RunSummary) -> Vec<(String, String)> {
         ),
         ("vcpus", "vCPUs", family("vcpus", |s| s.scenario.vcpus)),
         ("fanout", "children per fork", family("fanout", |s| s.scenario.children_per_fork)),
-        ("depth", "depth of the forking machine", sizes("depth-64")),
+        ("depth", "depth of the child", sizes("depth-64")),
         ("children", "children alive", sizes(most)),
     ];
     let several = trends.into_iter().filter(|(_, _, points)| points.len() > 1);

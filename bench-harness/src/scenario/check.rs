@@ -1,5 +1,8 @@
 //! What a scenario must satisfy besides its types.
 
+use guest_abi::port;
+use runtime::fork::MAX_VCPUS;
+
 use super::{Backing, Kind, PAGE_BYTES, Scenario, ScenarioError};
 
 /// Checks one scenario.
@@ -45,12 +48,13 @@ fn check_name(scenario: &Scenario) -> Result<(), ScenarioError> {
 }
 
 fn check_machine(scenario: &Scenario) -> Result<(), ScenarioError> {
+    let most_vcpus = u32::try_from(MAX_VCPUS).unwrap_or(u32::MAX);
     within(scenario, "memory_mib", scenario.memory_mib, (16, 1 << 16))?;
-    within(scenario, "vcpus", scenario.vcpus, (1, 64))?;
+    within(scenario, "vcpus", scenario.vcpus, (1, most_vcpus))?;
     within(scenario, "forks", scenario.forks, (1, 1_000_000))?;
     within(scenario, "warmup", scenario.warmup, (0, 100_000))?;
-    within(scenario, "announce_us", scenario.announce_us, (0, 1_000_000))?;
-    within(scenario, "children_per_fork", scenario.children_per_fork, (1, 10_000))?;
+    within(scenario, "announce_us", scenario.announce_us, (0, port::MAX_ANNOUNCE_US))?;
+    within(scenario, "children_per_fork", scenario.children_per_fork, (1, port::MAX_CHILDREN))?;
     within(scenario, "depth", scenario.depth, (1, 10_000))?;
     within(scenario, "keep_children", scenario.keep_children, (0, 100_000))?;
     if scenario.backing == Backing::Hugetlb && !scenario.memory_mib.is_multiple_of(2) {

@@ -105,7 +105,11 @@ fn runtime_folder() -> Result<PathBuf, SysError> {
     match DirBuilder::new().mode(0o700).create(&folder) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(making(error)),
+        Err(error) => {
+            let shown = folder.display();
+            let text = format!("{shown}: {error}; set XDG_RUNTIME_DIR to a folder that exists");
+            return Err(making(io::Error::new(error.kind(), text)));
+        }
     }
     // In /tmp somebody else may have made it first, or a link in its place.
     let found = fs::symlink_metadata(&folder).map_err(making)?;

@@ -277,7 +277,8 @@ impl State {
     fn end(&mut self, uuid: Uuid, memory: Memory) {
         let Some(known) = self.instances.get_mut(&uuid) else { return };
         known.gone = true;
-        if memory == Memory::Little {
+        // Whoever started a root asks how it ended, however many ended since.
+        if memory == Memory::Little && known.parent.is_some() {
             self.ended.push_back(uuid);
             if self.ended.len() > KEEP_ENDED
                 && let Some(oldest) = self.ended.pop_front()
