@@ -15,6 +15,8 @@ use crate::memory::BackingKind;
 
 /// Longest message in bytes.
 pub const MAX_MESSAGE: usize = 128 * 1024;
+/// Exit code of an instance whose guest did what no guest may do.
+pub const CRASHED: i32 = 125;
 
 /// How an instance is made.
 #[derive(Clone, Debug, Serialize, Deserialize)]

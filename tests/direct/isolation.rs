@@ -1,6 +1,6 @@
 //! Each machine sees its own history of every page, and nobody else's.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use runtime::kvm::DirtyMode;
 use runtime::memory::BackingKind;
 use runtime::proto::InstanceConfig;
@@ -95,7 +95,8 @@ fn fork_and_write_after(
         let new = alive.iter().copied().filter(|uuid| !known.contains(uuid));
         let new: Vec<_> = new.collect();
         (new.len() == all).then_some(new)
-    })?;
+    });
+    let made = made.with_context(|| format!("{children} of {parent}; {}", rig.everybody()))?;
     for child in &made {
         let results = rig.results(*child, 0, seq)?;
         ensure!(results[0] == theirs.sum(), "a child's memory right after the fork");

@@ -243,6 +243,17 @@ impl Rig {
         Ok(())
     }
 
+    /// Every instance and what became of it, for messages.
+    pub fn everybody(&self) -> String {
+        let lines = self.owner.each(|uuid, known| {
+            let parent = known.parent.map_or("root".into(), |parent| parent.to_string());
+            let (pid, gone, exit) = (known.pid, known.gone, &known.exit);
+            let notes = &known.notes;
+            format!("{uuid} of {parent}: pid {pid}, gone: {gone}, exit: {exit:?}, notes: {notes:?}")
+        });
+        lines.join("\n")
+    }
+
     /// Process of an instance.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use runtime::boot::{self, BootError};
 use runtime::kvm::{DirtyMode, Host};
 use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
 use runtime::owner::{Owner, OwnerError};
-use runtime::proto::InstanceConfig;
+use runtime::proto::{CRASHED, InstanceConfig};
 use runtime::sys;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use uuid::Uuid;
@@ -22,8 +22,6 @@ use super::serve::Server;
 use super::signals::Signals;
 use super::wire::short;
 
-/// Exit code of an instance whose guest did what no guest may do.
-const CRASHED: i32 = 125;
 /// How long an instance may be waited for.
 const FOREVER: Duration = Duration::from_secs(u64::MAX / 4);
 /// How long the last words of processes that are gone may take.

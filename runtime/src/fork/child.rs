@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::apply::{Applied, Hand};
-use super::link::word;
+use super::link::{Slot, word};
 use super::rehearse;
 use super::shared::{SPIN_NS, Shared, tell};
 use super::step::{ForkError, Moment, Step};
@@ -59,6 +59,13 @@ impl Standby {
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
         let (rang, first_run_us) = (shared.rang(0), shared.first_run_us(urgent));
+        slot.applied.store(applied.pages, Ordering::Relaxed);
+        slot.applied_private.store(applied.private, Ordering::Relaxed);
+        slot.applied_helped.store(applied.helped, Ordering::Relaxed);
+        if !rang {
+            // The slot is the parent's again as soon as the vCPU that rang has left the guest.
+            Self::account(slot, faults);
+        }
         shared.consent()?;
         instance.gate().enter(0);
         if let Some(us) = first_run_us {
@@ -66,17 +73,14 @@ impl Standby {
             alarm.set(us).unwrap_or(());
         }
         instance.renew_priority();
-        slot.stamps.stamp(Moment::Entered);
+        if rang {
+            slot.stamps.stamp(Moment::Entered);
+        }
         let first = vcpu.run();
         if rang {
             slot.stamps.stamp(Moment::Exited);
+            Self::account(slot, faults);
         }
-        slot.faults
-            .store(u32::try_from(sys::minor_faults() - faults).unwrap_or(0), Ordering::Relaxed);
-        slot.applied.store(applied.pages, Ordering::Relaxed);
-        slot.applied_private.store(applied.private, Ordering::Relaxed);
-        slot.applied_helped.store(applied.helped, Ordering::Relaxed);
-        slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
         instance.engine().born(shared.crew.applier().private_pages().collect());
         if rang {
             shared.announce_life();
@@ -87,6 +91,13 @@ impl Standby {
         drop(self);
         drop(shared);
         Ok(instance.run_leader(vcpu, action))
+    }
+
+    /// Notes what it cost until now, page faults since there were `faults`.
+    fn account(slot: &Slot, faults: u64) {
+        let faults = u32::try_from(sys::minor_faults() - faults).unwrap_or(0);
+        slot.faults.store(faults, Ordering::Relaxed);
+        slot.cpu_ns.store(sys::cpu_ns(), Ordering::Relaxed);
     }
 
     /// Returns when the word is `GO`, with the page faults of this process until then.
@@ -181,13 +192,14 @@ impl Standby {
 /// The life of a standby's vCPU other than the leader's.
 pub(super) fn follow(shared: Arc<Shared>, mut vcpu: Vcpu) {
     let instance = shared.instance.clone();
-    match follow_to_life(&shared, &mut vcpu) {
-        Ok(action) => {
-            drop(shared);
-            instance.run_vcpu(vcpu, action);
-        }
+    // An instance does without its parent's link: nothing here keeps it.
+    let (link, slot) = (Arc::downgrade(&shared.link), shared.slot);
+    match follow_to_life(shared, &mut vcpu) {
+        Ok(action) => instance.run_vcpu(vcpu, action),
         Err(error) => {
-            tell(&shared.link, shared.slot, &error);
+            if let Some(link) = link.upgrade() {
+                tell(&link, slot, &error);
+            }
             if !instance.gate().quitting() {
                 std::process::exit(1);
             }
@@ -195,15 +207,15 @@ pub(super) fn follow(shared: Arc<Shared>, mut vcpu: Vcpu) {
     }
 }
 
-fn follow_to_life(shared: &Shared, vcpu: &mut Vcpu) -> Result<Action, ForkError> {
-    let instance = &shared.instance;
+fn follow_to_life(shared: Arc<Shared>, vcpu: &mut Vcpu) -> Result<Action, ForkError> {
+    let instance = shared.instance.clone();
     let index = vcpu.index() as usize;
     let base = &shared.base.vcpus[index];
-    let rehearsing = instance.config().rehearse;
-    rehearse::run(vcpu, base, rehearsing).map_err(ForkError::at(Step::Prewarm))?;
-    // Everybody has stopped; the leader rolls memory back.
+    rehearse::run(vcpu, base, instance.config().rehearse).map_err(ForkError::at(Step::Prewarm))?;
+    // Everybody has stopped; the leader rolls back.
     shared.meeting.wait();
     shared.meeting.wait();
+    rehearse::put_back(vcpu, base).map_err(ForkError::at(Step::Prewarm))?;
     let avoid = shared.link.header().vcpu_cpu.load(Ordering::Relaxed);
     let urgent = instance.prepare_thread(avoid);
     let alarm = KickTimer::new().map_err(ForkError::at(Step::Prewarm))?;
@@ -224,17 +236,21 @@ fn follow_to_life(shared: &Shared, vcpu: &mut Vcpu) -> Result<Action, ForkError>
     let (rang, first_run_us) = (shared.rang(index), shared.first_run_us(urgent));
     shared.consent()?;
     instance.gate().enter(index);
-    if rang {
+    let first = if rang {
         first_run_us.map_or(Ok(()), |us| alarm.set(us)).unwrap_or(());
-    } else {
-        // It may run for long: only the one that is waited for has priority.
-        instance.settle_thread();
-    }
-    let first = vcpu.run();
-    if rang {
-        shared.link.slot(shared.slot).stamps.stamp(Moment::Exited);
+        let stamps = &shared.link.slot(shared.slot).stamps;
+        stamps.stamp(Moment::Entered);
+        let first = vcpu.run();
+        stamps.stamp(Moment::Exited);
         shared.announce_life();
-    }
+        drop(shared);
+        first
+    } else {
+        // It may run for long: only the one that is waited for has priority, and keeps the link.
+        drop(shared);
+        instance.settle_thread();
+        vcpu.run()
+    };
     let action = instance.after_exit(index, first);
     drop(alarm);
     instance.settle_thread();

@@ -18,8 +18,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::apply::{Applied, Applier, Hand};
 use super::link::Link;
+use super::shared::SPIN_NS;
 use super::step::ForkCause;
 use crate::memory::Mapping;
+use crate::sys::{futex_wait, futex_wake, now_ns};
 
 /// Entries taken at once.
 const PORTION: u32 = 16;
@@ -108,6 +110,8 @@ impl Crew {
             }
             self.applier.finish(&mut hand, link, mapping)?;
             self.helper.store(helper::AWAY, Ordering::SeqCst);
+            // The leader may have waited for so long that it sleeps.
+            futex_wake(&self.helper);
         }
         Ok(())
     }
@@ -123,7 +127,12 @@ impl Crew {
         self.applier.finish(hand, link, mapping)?;
         // A helper that comes after this finds nothing to take, not even of the parent's next fork.
         self.next.store(CLOSED, Ordering::SeqCst);
+        let begin = now_ns();
         while self.helper.load(Ordering::SeqCst) == helper::AT_WORK {
+            if now_ns() - begin > SPIN_NS {
+                // It was put off its processor in the middle of a portion.
+                futex_wait(&self.helper, helper::AT_WORK, None);
+            }
             std::hint::spin_loop();
         }
         Ok(Applied {

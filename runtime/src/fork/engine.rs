@@ -16,7 +16,10 @@ use super::shared::fail;
 use super::step::{ForkCause, ForkError, Moment, Step};
 use crate::instance::Instance;
 use crate::kvm::DirtyLog;
-use crate::sys;
+use crate::sys::{self, now_ns};
+
+/// Longest time that a guest can have standbys spin without a fork.
+const MAX_ANNOUNCED_US: u32 = 100_000;
 
 /// A standby, as its parent knows it.
 #[derive(Debug)]
@@ -63,6 +66,8 @@ pub struct Engine {
     last_failure: Option<(Step, i32)>,
     pub(super) forks: u32,
     pub(super) failed: u64,
+    /// Time for which standbys were asked to spin since the last fork.
+    announced_us: u32,
 }
 
 impl Engine {
@@ -82,6 +87,7 @@ impl Engine {
             last_failure: None,
             forks: 0,
             failed: 0,
+            announced_us: 0,
         }
     }
 
@@ -194,14 +200,18 @@ impl Engine {
         doorbell_ns: u64,
     ) -> &'a ForkBlock {
         self.forks += 1;
+        self.announced_us = 0;
         self.last_failure = None;
         let block = link.fork();
         let children = self.flights.last().map_or(&[][..], |flight| &flight.handles);
         block.children.store(u32::try_from(children.len()).unwrap_or(0), Ordering::Relaxed);
         block.vcpu.store(vcpu.map_or(0, |vcpu| vcpu + 1), Ordering::Relaxed);
         block.ready.store(0, Ordering::Relaxed);
-        block.decision.store(decision::OPEN, Ordering::Relaxed);
+        // Nobody sleeps any more: those that do not were killed while they did.
+        block.sleepers.store(0, Ordering::Relaxed);
+        // In this order: who has not yet seen that the last fork was decided sees the number.
         block.number.store(self.forks, Ordering::Relaxed);
+        block.decision.store(decision::OPEN, Ordering::Release);
         block.stamps.clear();
         block.stamps.put(Moment::Doorbell, doorbell_ns);
         if let Some(capture) = &self.capture {
@@ -322,9 +332,15 @@ impl Engine {
         }
     }
 
-    /// Wakes the standbys that the next fork will take, to spin until `until_ns`.
-    pub fn announce(&self, link: &Link, until_ns: u64) {
+    /// Wakes the standby that the next fork will take first, to spin for `window_us`. A guest that
+    /// announces and does not fork is not listened to for ever.
+    pub fn announce(&mut self, link: &Link, window_us: u32) {
+        if self.announced_us >= MAX_ANNOUNCED_US {
+            return;
+        }
         if let Some(handle) = self.ready.last() {
+            self.announced_us += window_us;
+            let until_ns = now_ns() + u64::from(window_us) * 1000;
             let slot = link.slot(handle.slot);
             slot.spin_until_ns.store(until_ns, Ordering::Relaxed);
             if slot.turn(word::PARKED, word::ANNOUNCED) {

@@ -40,6 +40,8 @@ const CATCH_UP_MS: u64 = 10_000;
 const REGION_MEMORY: u32 = 16;
 /// Standbys that are made at the same time.
 const PARALLEL: usize = 2;
+/// Most standbys that are kept.
+pub const MOST: usize = SLOTS - PARALLEL;
 
 /// See the module.
 #[derive(Debug)]
@@ -64,8 +66,8 @@ pub struct Keeper {
     /// Time that the last standby took, in nanoseconds.
     pub prewarm_ns: u64,
     previous_round: Vec<u32>,
-    /// Forks that came to their end while something else was waited for.
-    unreported: Vec<ForkReport>,
+    /// What came to its end while something else was waited for.
+    unreported: Tick,
 }
 
 /// What came of one look at things.
@@ -107,7 +109,7 @@ impl Keeper {
             synced_pages: 0,
             prewarm_ns: 0,
             previous_round: link.header().hot_pages().collect(),
-            unreported: Vec::new(),
+            unreported: Tick::default(),
         })
     }
 
@@ -143,7 +145,7 @@ impl Keeper {
 
     /// Wants `target` standbys from now on.
     pub fn set_target(&mut self, target: u32) {
-        self.target = target as usize;
+        self.target = (target as usize).min(MOST);
     }
 
     /// Switches sync rounds.
@@ -165,7 +167,10 @@ impl Keeper {
         if armed && let Err(error) = self.keep_or_raise(instance, lacking) {
             tick.failures.push(error);
         }
-        tick.forks.append(&mut self.unreported);
+        let mut before = std::mem::take(&mut self.unreported);
+        tick.forks.append(&mut before.forks);
+        tick.failures.append(&mut before.failures);
+        tick.news |= before.news;
         tick.news |= wanted_round;
         tick.under_way = instance.engine().in_flight();
         if !tick.failures.is_empty() {
@@ -189,7 +194,7 @@ impl Keeper {
         if engine.undecided() {
             return 0;
         }
-        let target = self.target.max(engine.wanted).min(SLOTS - PARALLEL);
+        let target = self.target.max(engine.wanted).min(MOST);
         target
             .saturating_sub(engine.ready.len() + self.preparing.len())
             .min(PARALLEL.saturating_sub(self.preparing.len()))
@@ -269,7 +274,7 @@ impl Keeper {
     }
 
     fn keep(&mut self, instance: &Instance, lacking: usize) -> Result<(), ForkError> {
-        let due = self.sync && now_ns() >= self.next_round_ns;
+        let due = self.sync && now_ns() >= self.next_round_ns.max(self.retry_at_ns);
         let (standbys, wanted) = {
             let engine = instance.engine();
             (!engine.ready.is_empty(), engine.wants_round)
@@ -333,9 +338,10 @@ impl Keeper {
         let begin = now_ns();
         loop {
             let mut engine = instance.engine();
-            let mut tick = Tick { forks: engine.collect(instance), ..Tick::default() };
-            self.unreported.append(&mut tick.forks);
-            self.receive(link, &mut engine, &mut tick);
+            let mut seen = std::mem::take(&mut self.unreported);
+            seen.forks.append(&mut engine.collect(instance));
+            self.receive(link, &mut engine, &mut seen);
+            self.unreported = seen;
             Self::sync_standbys(link, &engine, head);
             self.rewind(link, &mut engine);
             let rewound = engine.capture.as_ref().is_none_or(|capture| capture.head() == 0);
@@ -409,9 +415,10 @@ impl Keeper {
     /// Has the zygote fork a standby.
     fn spawn(&mut self, instance: &Instance) -> Result<(), ForkCause> {
         let link = instance.link();
-        let slot = (0..SLOTS)
-            .find(|slot| link.slot(*slot).word.load(Ordering::Acquire) == word::EMPTY)
-            .ok_or(ForkCause::Children { requested: 0, most: 0 })?;
+        let mut slots = 0..SLOTS;
+        let free = |slot: &usize| link.slot(*slot).word.load(Ordering::Acquire) == word::EMPTY;
+        // The children of forks under way have them all: one of them tells when it needs its no more.
+        let Some(slot) = slots.find(free) else { return Ok(()) };
         let identity = Identity::new()?;
         let base = {
             let mut engine = instance.engine();
@@ -452,7 +459,7 @@ impl Keeper {
         let until = |at: u64| Duration::from_nanos(at.saturating_sub(now));
         let mut wait = None;
         if self.sync && !engine.ready.is_empty() {
-            wait = Some(until(self.next_round_ns));
+            wait = Some(until(self.next_round_ns.max(self.retry_at_ns)));
         }
         // While as many as possible are being made, their end rings the bell.
         let more = self.preparing.len() < PARALLEL;

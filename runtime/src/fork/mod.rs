@@ -34,7 +34,7 @@ mod step;
 mod zygote;
 
 pub use engine::Engine;
-pub use keeper::{Keeper, Tick};
+pub use keeper::{Keeper, MOST as MOST_STANDBYS, Tick};
 pub use link::{Base, Identity, Link, MAX_VCPUS, capacity};
 pub use report::{ChildReport, ForkReport, ParentMoments};
 pub use shared::Shared;

@@ -8,7 +8,7 @@
 
 use super::step::ForkCause;
 use crate::instance::Instance;
-use crate::kvm::{Vcpu, VcpuState};
+use crate::kvm::{Vcpu, VcpuState, VmState};
 use crate::sys::{self, KickTimer};
 
 /// How long a rehearsal may run. A guest that computes without leaving is stopped here.
@@ -24,25 +24,38 @@ const LIMIT_US: i64 = 300;
 pub(super) fn run(vcpu: &mut Vcpu, base: &VcpuState, rehearsing: bool) -> Result<(), ForkCause> {
     vcpu.restore(base, None)?;
     if rehearsing {
-        let mut after = Box::new(VcpuState::default());
         for _ in 0..2 {
             let timer = KickTimer::new()?;
             timer.set(LIMIT_US)?;
             vcpu.run()?;
             drop(timer);
-            vcpu.settle()?;
-            vcpu.save(&mut after)?;
-            vcpu.restore(base, Some(&after))?;
+            put_back(vcpu, base)?;
         }
     }
     Ok(())
 }
 
-/// Undoes what rehearsals wrote and returns the pages. All vCPUs of the standby are stopped.
+/// Gives `vcpu` the state `base` again.
+pub(super) fn put_back(vcpu: &mut Vcpu, base: &VcpuState) -> Result<(), ForkCause> {
+    let mut after = Box::new(VcpuState::default());
+    vcpu.settle()?;
+    vcpu.save(&mut after)?;
+    vcpu.restore(base, Some(&after))?;
+    Ok(())
+}
+
+/// Undoes what rehearsals did to memory and interrupt controllers, and returns the pages. All vCPUs of
+/// the standby are stopped.
 ///
 /// The pages are not write-protected again: they stay writable, so that the child takes no fault on
 /// them, and are counted as dirty from the start.
-pub(super) fn roll_back(instance: &Instance) -> Result<Vec<u32>, ForkCause> {
+pub(super) fn roll_back(instance: &Instance, base: &VmState) -> Result<Vec<u32>, ForkCause> {
+    // The guest reaches them without an exit.
+    let mut after = VmState::default();
+    instance.machine().save_irqchips(&mut after)?;
+    if !after.same_irqchips(base) {
+        instance.machine().restore_irqchips(base)?;
+    }
     let mut engine = instance.engine();
     let pages = engine.rehearsed(instance)?;
     let ranges: Vec<_> = pages.iter().map(|page| instance.mapping().iovec(*page)).collect();

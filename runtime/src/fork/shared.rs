@@ -76,7 +76,7 @@ impl Shared {
     /// Calls the control thread, if there is much to apply and a processor for it.
     pub(super) fn call_for_help(&self) {
         let children = self.link.fork().children.load(Ordering::Relaxed) as usize;
-        if self.crew.wants_help(&self.link) && self.instance.spare_cpus(0) > children {
+        if self.instance.spare_cpus(0) > children && self.crew.wants_help(&self.link) {
             self.instance.link().ring();
         }
     }
@@ -177,19 +177,20 @@ impl Shared {
                 return Ok(());
             }
         }
+        let own = self.link.slot(self.slot).fork.load(Ordering::Acquire);
         let begin = now_ns();
         loop {
-            match block.decision.load(Ordering::Acquire) {
-                decision::COMMITTED => {
-                    self.instance.come_alive();
-                    return Ok(());
-                }
-                seen => {
-                    check(block, begin)?;
-                    if now_ns() - begin > SPIN_NS {
-                        futex_wait(&block.decision, seen, Some(Duration::from_millis(10)));
-                    }
-                }
+            let seen = block.decision.load(Ordering::Acquire);
+            // The parent may fork again before this thread looks. It does not while children of a
+            // fork that failed are there, so this one did not.
+            let over = block.number.load(Ordering::Acquire) != own;
+            if seen == decision::COMMITTED || over {
+                self.instance.come_alive();
+                return Ok(());
+            }
+            check(block, begin)?;
+            if now_ns() - begin > SPIN_NS {
+                futex_wait(&block.decision, seen, Some(Duration::from_millis(10)));
             }
         }
     }

@@ -160,10 +160,14 @@ fn prepare_with(
     }
     rehearse::run(&mut leader, &shared.base.vcpus[0], rehearsing).map_err(failed)?;
     shared.meeting.wait();
-    for page in rehearse::roll_back(&instance).map_err(failed)? {
+    for page in rehearse::roll_back(&instance, &shared.base.vm).map_err(failed)? {
         shared.crew.applier().note(page);
     }
     shared.meeting.wait();
+    if instance.vcpus() > 1 {
+        // The rehearsal of another vCPU may have sent it an interrupt.
+        rehearse::put_back(&mut leader, &shared.base.vcpus[0]).map_err(failed)?;
+    }
     Ok((Standby::new(shared), leader))
 }
 
@@ -175,6 +179,8 @@ fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<(Zygote, Womb)
     config.ring_entries = config.child_ring_entries;
     let link =
         Link::new(link::capacity(config.ring_entries, config.vcpus)).map_err(at(Step::Prewarm))?;
+    // Otherwise the links of all ancestors would be mapped in each generation.
+    parent.keep_from_children();
     // What its parent writes again and again it is likely to write too.
     link.header().set_hot_pages(parent.header().hot_pages());
     let womb = Womb { host, config, link, image, mapping, owned };

@@ -188,7 +188,9 @@ impl Zygote {
         let gone = |_: SysError| ForkCause::ZygoteGone;
         sys::send(&self.socket, &bytes, fds).map_err(gone)?;
         let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
-        poll(&mut ready, Some(&PATIENCE)).map_err(|errno| SysError::new("poll")(errno))?;
+        // A signal is no reason to leave an answer behind that the next command would take for its.
+        rustix::io::retry_on_intr(|| poll(&mut ready, Some(&PATIENCE)))
+            .map_err(SysError::new("poll"))?;
         if ready[0].revents().is_empty() {
             // It may be stopped or stuck; either way it is of no use.
             rustix::process::kill_process(self.pid, rustix::process::Signal::KILL).unwrap_or(());

@@ -10,7 +10,7 @@ use rustix::net::RecvFlags;
 use uuid::Uuid;
 
 use super::{Instance, Stopped};
-use crate::fork::{ForkError, Keeper, Link, Shared, Step};
+use crate::fork::{ForkError, Keeper, Link, MOST_STANDBYS, Shared, Step};
 use crate::proto::{Envelope, Event, Failure, MAX_MESSAGE, Reply, Request, Stats};
 use crate::sys::{self, SysError, chain, now_ns};
 
@@ -317,6 +317,11 @@ impl Control<'_> {
 
     /// Keeps `count` standbys from now on, and returns when they are ready.
     fn standbys(&mut self, count: u32) -> Result<Reply, Failure> {
+        if count as usize > MOST_STANDBYS {
+            let text =
+                format!("{count} standbys were asked for, at most {MOST_STANDBYS} can be kept");
+            return Err(plain(libc::EINVAL, &text));
+        }
         self.arm().map_err(|error| failure(&error))?;
         self.keeper.set_target(count);
         self.pump(|instance| instance.engine().ready() >= count as usize).map(|()| Reply::Done)

@@ -92,6 +92,8 @@ pub struct Instance {
     alive: AtomicBool,
     ready: AtomicBool,
     exit_code: AtomicI32,
+    /// Why it could not be armed; 0: it could, or was not yet.
+    arm_errno: AtomicI32,
     standby_cpus: u64,
     /// Futex: changes when the control thread has done something that a waiting fork waits for.
     news: AtomicU32,
@@ -134,6 +136,7 @@ impl Instance {
             alive: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             exit_code: AtomicI32::new(0),
+            arm_errno: AtomicI32::new(0),
             news: AtomicU32::new(0),
         }))
     }
@@ -273,6 +276,11 @@ impl Instance {
     pub fn post(&self, event: Event) {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
         self.link.ring();
+    }
+
+    /// Whether the owner reads more slowly than the guest has things to say.
+    fn is_outbox_full(&self) -> bool {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner).len() >= OUTBOX
     }
 
     /// Console output for the owner. The guest can write faster than the owner reads: what is too

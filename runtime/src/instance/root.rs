@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "fork(2)")]
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 
 use rustix::net::RecvFlags;
 
@@ -195,7 +196,13 @@ fn image(kind: BackingKind, bytes: u64) -> Result<(Image<Writable>, Option<Strin
 /// Makes a root forkable; tells whether it was not before. Children are born armed.
 pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, ForkError> {
     let at = |cause: ForkCause| ForkError { step: Step::Arm, cause };
-    let Some(image) = instance.take_image() else { return Ok(false) };
+    let Some(image) = instance.take_image() else {
+        // Half armed is not armed.
+        return match instance.arm_errno.load(Ordering::SeqCst) {
+            0 => Ok(false),
+            errno => Err(at(ForkCause::Child { errno })),
+        };
+    };
     if let Err(error) = instance.link().header().fault.check(Step::Arm) {
         instance.keep_image(image);
         return Err(error);
@@ -205,20 +212,29 @@ pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, Fork
         instance.keep_image(image);
         return Err(at(ForkCause::Timeout { waited_ms: 1000 }));
     };
-    let machine = instance.machine();
-    machine.track(instance.mapping()).map_err(|error| at(error.into()))?;
-    instance.mapping().make_private(image.file()).map_err(|error| at(error.into()))?;
-    let sealed = image.seal().map_err(|error| at(error.into()))?;
+    let armed = make_forkable(instance, keeper, image);
+    drop(stopped);
+    armed.map(|()| true).map_err(|cause| {
+        instance.arm_errno.store(cause.errno(), Ordering::SeqCst);
+        at(cause)
+    })
+}
+
+/// With all vCPUs stopped. What cannot be done here cannot be done later.
+fn make_forkable(
+    instance: &Instance,
+    keeper: &mut Keeper,
+    image: Image<Writable>,
+) -> Result<(), ForkCause> {
+    instance.machine().track(instance.mapping())?;
+    instance.mapping().make_private(image.file())?;
+    let sealed = image.seal()?;
     let adopted = keeper.zygote().adopt(&sealed);
     instance.keep_sealed(sealed);
     match adopted {
         // The keeper raises another one when it needs it.
         Ok(()) | Err(ForkCause::ZygoteGone) => {}
-        Err(cause) => return Err(at(cause)),
+        Err(cause) => return Err(cause),
     }
-    let mut engine = instance.engine();
-    engine.arm(instance).map_err(at)?;
-    drop(engine);
-    drop(stopped);
-    Ok(true)
+    instance.engine().arm(instance)
 }

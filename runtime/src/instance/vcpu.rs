@@ -16,7 +16,7 @@ use crate::device::Answer;
 use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
 use crate::memory::BackingKind;
-use crate::proto::Event;
+use crate::proto::{CRASHED, Event};
 use crate::sys::{chain, now_ns};
 
 /// How long a fork waits for a standby to be made.
@@ -25,6 +25,9 @@ const STANDBY_NS: u64 = 20_000_000_000;
 /// How long a vCPU spins for the engine before it sleeps, and how often it looks from then on.
 const ENGINE_SPIN_NS: u64 = 50_000;
 const ENGINE_POLL: Duration = Duration::from_micros(100);
+
+/// How often a vCPU looks whether the owner has read something.
+const OUTBOX_POLL: Duration = Duration::from_millis(1);
 
 /// How long the control thread may take to tell the owner that the instance has ended.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -48,6 +51,8 @@ pub enum Action {
     Done { seq: u32 },
     /// The guest may be armed.
     Ready,
+    /// End because of an exception that the guest cannot handle.
+    TripleFault,
     /// End with this code.
     Exit { code: i32, reason: Option<String> },
 }
@@ -134,10 +139,17 @@ impl Instance {
                     self.gate.block(index, Some(time), || false);
                 }
             }
-            Action::Done { seq } => self.done(vcpu.index(), seq),
+            Action::Done { seq } => {
+                self.wait_for_room(vcpu);
+                self.done(vcpu.index(), seq);
+            }
             Action::Ready => {
                 self.ready.store(true, Ordering::SeqCst);
                 self.link.ring();
+            }
+            Action::TripleFault => {
+                let reason = "the guest stopped with a triple fault (an exception without handler)";
+                self.exit(CRASHED, Some(format!("{reason}; {}", vcpu.whereabouts())));
             }
             Action::Exit { code, reason } => self.exit(code, reason),
         }
@@ -165,12 +177,9 @@ impl Instance {
                 Action::Continue
             }
             Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => Action::Drain,
-            Ok(Some(VcpuExit::Shutdown)) => {
-                let reason = "the guest stopped with a triple fault (an exception without handler)";
-                Action::Exit { code: 125, reason: Some(reason.into()) }
-            }
+            Ok(Some(VcpuExit::Shutdown)) => Action::TripleFault,
             Ok(Some(other)) => {
-                Action::Exit { code: 125, reason: Some(format!("unexpected exit {other:?}")) }
+                Action::Exit { code: CRASHED, reason: Some(format!("unexpected exit {other:?}")) }
             }
             Err(error) => {
                 // A hugetlb page that could not be had: KVM reports what a process would feel as
@@ -183,7 +192,7 @@ impl Instance {
                 } else {
                     chain(&error)
                 };
-                Action::Exit { code: 125, reason: Some(reason) }
+                Action::Exit { code: CRASHED, reason: Some(reason) }
             }
         }
     }
@@ -234,13 +243,21 @@ impl Instance {
     fn drain_ring(&self, vcpu: &mut Vcpu) {
         let drained = self.engine_for(vcpu).drain(self);
         if let Err(cause) = drained {
-            self.exit(125, Some(chain(&cause)));
+            self.exit(CRASHED, Some(chain(&cause)));
+        }
+    }
+
+    /// A guest that says more than the owner reads waits, and can be stopped meanwhile.
+    fn wait_for_room(&self, vcpu: &mut Vcpu) {
+        if self.is_outbox_full() && self.save(vcpu) {
+            while self.is_outbox_full() && !self.gate.quitting() {
+                self.gate.block(vcpu.index() as usize, Some(OUTBOX_POLL), || false);
+            }
         }
     }
 
     fn announce(&self, vcpu: &mut Vcpu, window_us: u32) {
-        let engine = self.engine_for(vcpu);
-        engine.announce(&self.link, now_ns() + u64::from(window_us) * 1000);
+        self.engine_for(vcpu).announce(&self.link, window_us);
     }
 
     /// A fork that the guest asked for.
@@ -267,6 +284,7 @@ impl Instance {
         });
         if let Err(error) = &result {
             self.engine_for(vcpu).forget_waiting();
+            self.wait_for_room(vcpu);
             self.post(Event::Note { text: chain(error) });
         }
         if let Err(error) = result {

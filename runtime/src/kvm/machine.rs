@@ -2,9 +2,10 @@
 #![expect(unsafe_code, reason = "a memslot hands a mapping to KVM")]
 
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_IRQCHIP_IOAPIC,
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data,
-    kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 
@@ -92,6 +93,13 @@ impl Machine {
             cap.args[0] = 1;
         }
         vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
+        // A rehearsal that crashes may be stopped before KVM has told: without this the crash would
+        // be no part of the state that is put back, and come up in the child. Linux before 6.1 does
+        // not have it.
+        let told = [1, 0, 0, 0];
+        let cap =
+            kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args: told, ..<_>::default() };
+        vm.enable_cap(&cap).unwrap_or(());
         let machine = Self { vm, config };
         machine.set_memslots(mapping, track)?;
         machine.vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;

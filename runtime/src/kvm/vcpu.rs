@@ -14,6 +14,9 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use super::host::Host;
 use super::{KvmError, VcpuState};
 
+/// Exits that one instruction may need to come to its end.
+const MOST_EXITS: u32 = 4096;
+
 /// A vCPU and the buffers that saving and restoring it need, so that neither allocates.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -128,22 +131,41 @@ impl Vcpu {
     ///
     /// What `KVM_RUN` says; it is an error if it does not stop at once.
     pub fn settle(&mut self) -> Result<(), KvmError> {
-        if !self.unfinished {
-            return Ok(());
-        }
         let kick = self.kick();
-        kick.arm();
-        let result = self.run().map(|exit| exit.is_none());
-        kick.disarm();
-        match result {
-            Ok(true) => {
-                self.accessed = true;
-                Ok(())
+        // Finishing one access can need another exit (a string instruction on a device). The guest
+        // says how often, so there is an end to it.
+        for _ in 0..MOST_EXITS {
+            if !self.unfinished {
+                return Ok(());
             }
-            // Finishing one access can need another exit (a string instruction across a page).
-            Ok(false) => self.settle(),
-            Err(error) => Err(error),
+            kick.arm();
+            let finished = match self.run() {
+                Ok(None) => Ok(true),
+                Ok(Some(VcpuExit::IoIn(_, data) | VcpuExit::MmioRead(_, data))) => {
+                    data.fill(0xff);
+                    Ok(false)
+                }
+                Ok(Some(_)) => Ok(false),
+                Err(error) => Err(error),
+            };
+            kick.disarm();
+            if finished? {
+                self.accessed = true;
+                return Ok(());
+            }
         }
+        Err(KvmError::ioctl("KVM_RUN")(kvm_ioctls::Error::new(libc::ELOOP)))
+    }
+
+    /// Where the guest is, for messages: as of the last exit.
+    #[must_use]
+    pub fn whereabouts(&self) -> String {
+        let sync = self.fd.sync_regs();
+        let (regs, sregs) = (&sync.regs, &sync.sregs);
+        format!(
+            "rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}",
+            regs.rip, regs.rsp, sregs.cr2, sregs.cr3
+        )
     }
 
     /// Goes all the way to the guest's door and back without running an instruction.

@@ -70,7 +70,8 @@ impl Mapping {
             .ok_or(SysError { call: "mmap", source: std::io::ErrorKind::OutOfMemory.into() })?;
         let mapping = Self { address, bytes: len, kind };
         if kind.backing().advise_huge() {
-            mapping.advise(0, len, Advice::LinuxHugepage)?;
+            // Without it pages are small. The mapping is in place: there is no way back.
+            mapping.advise(0, len, Advice::LinuxHugepage).unwrap_or(());
         }
         Ok(mapping)
     }

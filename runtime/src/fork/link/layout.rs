@@ -167,7 +167,7 @@ pub struct ForkBlock {
     pub state_ready: AtomicU32,
     /// The same once debug and extended control registers have followed.
     pub rest_ready: AtomicU32,
-    /// Readers that sleep on one of the two.
+    /// Readers that sleep on one of these.
     pub sleepers: AtomicU32,
     /// Its pages in the journal: the first …
     pub first: AtomicU32,

@@ -150,8 +150,9 @@ impl Link {
         unsafe { &*self.at(FORK) }
     }
 
-    /// Puts vCPU state of the fork under way into place. Only the parent calls this, before it
-    /// publishes `state_ready`.
+    /// Puts vCPU state of the fork under way into place. Only the parent calls this: before it
+    /// publishes `state_ready`, and for debug and extended control registers alone before it publishes
+    /// `rest_ready`.
     ///
     /// # Errors
     ///
@@ -162,12 +163,13 @@ impl Link {
     ) -> Result<(), E> {
         let state = self.at::<MachineState>(FORK + std::mem::offset_of!(ForkBlock, state));
         // SAFETY: in bounds and aligned; zeroes and whatever a parent wrote are valid plain data;
-        // by the module's rules nobody else uses it before `state_ready` is published.
+        // by the module's rules nobody else uses what is written before it is published.
         save(unsafe { &mut *state })
     }
 
     /// The captured state. Only a child that takes part in the fork calls this, after
-    /// `state_ready` and before it consents: the parent does not write meanwhile.
+    /// `state_ready` and before it consents. It reads debug and extended control registers after
+    /// `rest_ready` alone; the parent does not write the others meanwhile.
     pub(super) fn read_fork(&self) -> &MachineState {
         let state = self.at::<MachineState>(FORK + std::mem::offset_of!(ForkBlock, state));
         // SAFETY: as in `write_fork`.
@@ -270,6 +272,15 @@ impl Link {
         let vcpus = vcpus.min(MAX_VCPUS) * size_of::<VcpuState>();
         let bytes = std::mem::offset_of!(ForkBlock, state.vcpus) + vcpus;
         self.populate_at(self.at::<ForkBlock>(FORK).cast(), bytes);
+    }
+
+    /// Processes forked from now on do not have it.
+    pub fn keep_from_children(&self) {
+        // SAFETY: our own mapping, contents unchanged. Should it fail, it is mapped there too.
+        unsafe {
+            rustix::mm::madvise(self.start.as_ptr().cast(), self.bytes, Advice::LinuxDontFork)
+        }
+        .unwrap_or(());
     }
 
     /// Populates what begins at `start`, a page of ours.
