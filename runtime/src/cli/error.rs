@@ -15,7 +15,7 @@ pub const INTERNAL: u8 = 70;
 /// No permission (`EX_NOPERM`).
 pub const PERMISSION: u8 = 77;
 
-/// Printed below the help of every verb.
+/// Printed below the help of the program, and of verbs whose exit codes scripts look at.
 pub const EXIT_CODES: &str = "\
 Exit codes:
   0    done; `run` and `wait`: the instance ended with 0
