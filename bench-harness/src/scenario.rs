@@ -149,7 +149,7 @@ pub struct Scenario {
     /// Pages dirtied by the guest just before each fork (none).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dirty: Option<Dirty>,
-    /// Random pages that the guest dirties per second for 20 ms before each fork (0: none).
+    /// Random pages that the guest dirties per second for 100 ms before each fork (0: none).
     #[serde(default)]
     pub rate_pages_per_second: u32,
     /// How long before the doorbell the guest announces the fork, in µs (0: not at all).

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use runtime::kvm::{DirtyMode, Host, Machine, MachineConfig, Vcpu, VcpuState};
+use runtime::memory::{BackingKind, Image, RamLayout};
 use runtime::proto::InstanceConfig;
 use tests::case::Case;
+use tests::host;
 use tests::program::{Forked, again, clock, fork};
 use tests::rig::Rig;
 use uuid::Uuid;
@@ -17,6 +20,8 @@ const GAP_US: u64 = 5_000;
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("state::registers_survive_in_parent_and_children", registers),
+        Case::new("state::a_crash_that_kvm_has_not_told_is_put_back", untold_crash)
+            .needs(host::without_triple_fault_event()),
         Case::new("state::tsc_and_kvmclock_run_on_in_parent_and_child", || clocks(1)).alone(),
         Case::new("state::tsc_and_kvmclock_run_on_on_every_vcpu", || clocks(2)).alone(),
         Case::new("state::the_fork_itself_is_no_gap_in_time", gap).alone(),
@@ -46,6 +51,34 @@ fn registers() -> Result<()> {
         }
         rig.kill_children()?;
     }
+    Ok(())
+}
+
+/// A rehearsal can be stopped between a crash and KVM's word of it. It is part of the state then, so
+/// that it can be taken back.
+fn untold_crash() -> Result<()> {
+    let host = Host::open()?;
+    let layout = RamLayout::new(RamLayout::MIN_MIB);
+    let mapping = Image::new(BackingKind::Small, layout.bytes())?.map_shared()?;
+    let made = MachineConfig { layout, vcpus: 1, dirty: DirtyMode::Bitmap, ring_entries: 1024 };
+    let (_machine, mut vcpus, _log) = Machine::new(&host, made, &mapping, false)?;
+    let vcpu = vcpus.first_mut().context("no vCPU")?;
+    let state = |vcpu: &mut Vcpu| -> Result<Box<VcpuState>> {
+        // Takes in what was set, and runs nothing.
+        vcpu.warm_up()?;
+        let mut state = Box::new(VcpuState::default());
+        vcpu.save(&mut state)?;
+        Ok(state)
+    };
+    let sound = state(vcpu)?;
+    let mut crashed = sound.clone();
+    crashed.events.triple_fault.pending = 1;
+    vcpu.restore(&crashed, Some(&sound))?;
+    let seen = state(vcpu)?;
+    ensure!(seen.events.triple_fault.pending == 1, "the crash is not part of the state");
+    vcpu.restore(&sound, Some(&seen))?;
+    let back = state(vcpu)?;
+    ensure!(back.events.triple_fault.pending == 0, "the crash was not taken back");
     Ok(())
 }
 

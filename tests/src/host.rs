@@ -27,6 +27,14 @@ pub fn without_kvm() -> Option<String> {
     })
 }
 
+/// Why a crash that KVM has not yet told is no part of a vCPU's state, if it is not.
+#[must_use]
+pub fn without_triple_fault_event() -> Option<String> {
+    let host = runtime::kvm::Host::open().ok()?;
+    let lacks = !host.has_triple_fault_event();
+    lacks.then(|| "this KVM has no KVM_CAP_X86_TRIPLE_FAULT_EVENT (Linux 6.1)".into())
+}
+
 /// Whether soak tests run in full (`UKP_SOAK=1`).
 #[must_use]
 pub fn soak() -> bool {

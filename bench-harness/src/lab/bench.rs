@@ -19,8 +19,9 @@ use crate::record::Sample;
 use crate::scenario::{DirtyMode, Scenario};
 use crate::session::{LabError, Progress, ScenarioRun};
 
-/// How long pages are dirtied at a rate before each fork.
-const RATE_US: u64 = 20_000;
+/// How long pages are dirtied at a rate before each fork: long enough for sync rounds to have found
+/// their pace, which slows down while a guest does nothing.
+const RATE_US: u64 = 100_000;
 /// Seeds lie this far apart: each is the beginning of a search.
 const SEEDS: u64 = 1 << 20;
 

@@ -44,7 +44,7 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
         } else {
             bench.next(&round)?;
         }
-        if let (Some(rate), Some(unarmed)) = (plan.rate, &unarmed) {
+        if let (Some(rate), Some(unarmed), true) = (plan.rate, &unarmed, index.is_multiple_of(4)) {
             let program = rate_only(unarmed, rate, plan.generation);
             let words = bench.rig.run(unarmed.uuid, &program)?;
             taxes[1].push(behind(bench, words.rate().1, rate));

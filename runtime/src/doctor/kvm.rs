@@ -15,6 +15,8 @@ const XSAVE2: std::ffi::c_ulong = 208;
 const RING: std::ffi::c_ulong = 223;
 /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
 const MANUAL_PROTECT: std::ffi::c_ulong = 168;
+/// `KVM_CAP_X86_TRIPLE_FAULT_EVENT`.
+const TRIPLE_FAULT_EVENT: std::ffi::c_ulong = 218;
 /// `KVM_CAP_VCPU_ATTRIBUTES`, by which the TSC offset is read and set.
 const VCPU_ATTRIBUTES: std::ffi::c_ulong = 127;
 /// `KVM_CAP_SYNC_REGS`, a mask: general, segment and control registers, events.
@@ -111,6 +113,15 @@ fn useful(kvm: &Kvm, checks: &mut Vec<Check>) {
         Check::ok("KVM_CAP_XSAVE2", format!("{} bytes of extended registers", raw(XSAVE2)))
     } else {
         Check::warn("KVM_CAP_XSAVE2", "missing; guests get no AMX", "boot Linux 5.17 or later")
+    });
+    checks.push(if raw(TRIPLE_FAULT_EVENT) > 0 {
+        Check::ok("TRIPLE_FAULT_EVENT", "a crash in a rehearsal is not taken over by the child")
+    } else {
+        Check::warn(
+            "TRIPLE_FAULT_EVENT",
+            "missing; a crash in a rehearsal can end the child, once in a great many forks",
+            "boot Linux 6.1 or later",
+        )
     });
     checks.push(if raw(VCPU_ATTRIBUTES) > 0 {
         Check::ok("KVM_VCPU_TSC_OFFSET", "a child's TSC goes on without a step")

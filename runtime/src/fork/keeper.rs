@@ -358,12 +358,12 @@ impl Keeper {
     }
 
     /// Chooses when the next round is due: often enough that few pages are left to a fork, seldom
-    /// when little happens.
+    /// when little happens. A guest that begins to write is followed at once, one that stops slowly.
     fn pace(&mut self, pages: u64) {
         let elapsed = self.round.as_nanos();
         let aim = elapsed * u128::from(AIM) / u128::from(pages.max(1));
         let aim = Duration::from_nanos(u64::try_from(aim).unwrap_or(u64::MAX));
-        self.round = aim.clamp(self.round / 4, self.round * 2).clamp(ROUND_MIN, ROUND_MAX);
+        self.round = aim.min(self.round * 2).clamp(ROUND_MIN, ROUND_MAX);
         self.next_round_ns = now_ns() + u64::try_from(self.round.as_nanos()).unwrap_or(0);
     }
 

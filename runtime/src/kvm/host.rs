@@ -2,7 +2,9 @@
 
 use std::io;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{
+    CpuId, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
+};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{KvmError, MAX_MSRS, MAX_XSAVE};
@@ -31,6 +33,8 @@ pub struct Host {
     pub(super) xsave_bytes: u32,
     /// Most entries of a dirty ring, 0 if there is none.
     pub(super) ring_entries: u32,
+    /// Whether a crash that KVM has not yet told is part of a vCPU's events (Linux 6.1).
+    pub(super) triple_fault_event: bool,
 }
 
 impl Host {
@@ -64,6 +68,7 @@ impl Host {
             });
         }
         let ring_bytes = kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL);
+        let triple_fault_event = kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
@@ -91,6 +96,7 @@ impl Host {
             xsave2: xsave2 > 0,
             xsave_bytes,
             ring_entries: u32::try_from(ring_bytes.max(0)).unwrap_or(0) / 16,
+            triple_fault_event,
         })
     }
 
@@ -98,6 +104,12 @@ impl Host {
     #[must_use]
     pub fn as_raw_fd(&self) -> std::os::fd::RawFd {
         std::os::fd::AsRawFd::as_raw_fd(&self.kvm)
+    }
+
+    /// Whether a crash that KVM has not yet told is part of a vCPU's events.
+    #[must_use]
+    pub fn has_triple_fault_event(&self) -> bool {
+        self.triple_fault_event
     }
 
     /// Whether dirty pages can be tracked by a ring.

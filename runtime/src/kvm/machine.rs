@@ -93,13 +93,13 @@ impl Machine {
             cap.args[0] = 1;
         }
         vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
-        // A rehearsal that crashes may be stopped before KVM has told: without this the crash would
-        // be no part of the state that is put back, and come up in the child. Linux before 6.1 does
-        // not have it.
-        let told = [1, 0, 0, 0];
-        let cap =
-            kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args: told, ..<_>::default() };
-        vm.enable_cap(&cap).unwrap_or(());
+        if host.triple_fault_event {
+            // A rehearsal that crashes may be stopped before KVM has told: without this the crash
+            // would be no part of the state that is put back, and come up in the child.
+            let cap = KVM_CAP_X86_TRIPLE_FAULT_EVENT;
+            let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..<_>::default() };
+            vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
+        }
         let machine = Self { vm, config };
         machine.set_memslots(mapping, track)?;
         machine.vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
