@@ -152,7 +152,6 @@ fn every_kind() -> Result<(), Failed> {
         let recorder = &run.recorder;
         let forks = match name.as_str() {
             "depth" => 6,
-            "children" => 5,
             "tax" => 4,
             _ => usize::try_from(scenario.forks)?,
         };
