@@ -40,6 +40,9 @@ impl PretendLab {
             sample = sample.with(format!("stage_{stage}_us"), us);
         }
         let tail = if self.rng.uniform() < 0.01 { 500.0 } else { 0.0 };
+        if scenario.rate_pages_per_second == 0 {
+            sample = sample.with("captured_pages", 2.0 + pages);
+        }
         sample.with("branch_us", total + tail).with("pause_us", 13.0 + 0.4 * pages)
     }
 }
@@ -153,10 +156,9 @@ fn a_run_is_kept_whole() {
         "`bench-harness run --set all`",
         "(dirty)",
         "| quiet | 500 |",
-        "| busy | 300 |",
+        "| busy | 150 |",
         "10000/s",
         "the hugetlb pool is empty",
-        "ioctl KVM_RUN",
         "apply: ENOMEM",
         "load average",
     ] {
@@ -186,7 +188,7 @@ fn a_wrong_child_voids_the_run() {
     let session = session(Set::Default, "busy");
     assert_eq!(session.void.as_deref(), Some("busy: child 3 has the checksum of child 2"));
     let (folder, summary) = write(&session, revision(), &results.0).unwrap();
-    assert!(summary.figures.is_empty());
+    assert!(summary.figures.is_empty() && summary.scenarios.is_empty());
     let readme = fs::read_to_string(folder.join("README.md")).unwrap();
     assert!(readme.contains("**VOID.** busy: child 3"), "{readme}");
 }

@@ -1,6 +1,6 @@
 //! Each machine sees its own history of every page, and nobody else's.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use runtime::kvm::DirtyMode;
 use runtime::memory::BackingKind;
 use runtime::proto::InstanceConfig;
@@ -37,12 +37,14 @@ pub fn cases() -> Vec<Case> {
             chain(small(DirtyMode::Ring))
         }),
         Case::new("isolation::two_threads_apply_a_large_fork_4k", move || {
-            two_threads(small(DirtyMode::Ring))
-        }),
+            two_threads(&small(DirtyMode::Ring))
+        })
+        .alone(),
         Case::new("isolation::two_threads_apply_a_large_fork_thp", move || {
             let _thp = host::shmem_thp()?;
-            two_threads(of(BackingKind::Thp, DirtyMode::Ring))
+            two_threads(&of(BackingKind::Thp, DirtyMode::Ring))
         })
+        .alone()
         .needs(host::without_thp()),
         Case::new("isolation::a_large_fork_hugetlb", move || {
             let _pool = host::huge_pages(POOL)?;
@@ -131,11 +133,15 @@ fn history(config: InstanceConfig) -> Result<()> {
 }
 
 /// Forks that have so much to apply that a second thread helps.
-fn two_threads(config: InstanceConfig) -> Result<()> {
-    let helped = large(config)?;
-    let alone = std::thread::available_parallelism()?.get() == 1;
-    ensure!(alone || helped > 0, "no page of six large forks was applied by a second thread");
-    Ok(())
+fn two_threads(config: &InstanceConfig) -> Result<()> {
+    let one_processor = std::thread::available_parallelism()?.get() == 1;
+    // It comes when there is a processor for it, and who else runs here is not known.
+    for _ in 0..5 {
+        if large(config.clone())? > 0 || one_processor {
+            return Ok(());
+        }
+    }
+    bail!("no page of thirty large forks was applied by a second thread")
 }
 
 /// Forks with much to apply; the number of pages that a second thread applied.
