@@ -123,5 +123,10 @@ fn memory_needed(scenario: &Scenario) -> u64 {
     let images = if scenario.kind == Kind::Tax { 2 } else { 1 };
     let children = u64::from(scenario.keep_children.max(scenario.depth));
     let private = u64::from(scenario.work_mib) << 22;
-    scenario.memory_bytes() * images + scenario.memory_bytes() / 4 + private + children * CHILD
+    let reference = u64::from(scenario.reference_mib) << 20;
+    scenario.memory_bytes() * images
+        + reference
+        + scenario.memory_bytes() / 4
+        + private
+        + children * CHILD
 }

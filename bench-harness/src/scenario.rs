@@ -72,8 +72,8 @@ pub enum Kind {
     /// The child forks, and its child, down to `depth`; `forks` chains are made, all
     /// forks are recorded, with their `depth`.
     Depth,
-    /// Children stay alive until `keep_children` are, then `forks` more forks are measured; all are
-    /// recorded, with their `alive_children`.
+    /// `forks` forks without other children, then until `keep_children` are alive, then `forks` more,
+    /// which are what is measured; all are recorded, with their `alive_children`.
     Children,
     /// `children_per_fork` children in one fork, all or none.
     Fanout,
@@ -170,6 +170,14 @@ pub struct Scenario {
     /// Children that stay alive (0).
     #[serde(default)]
     pub keep_children: u32,
+    /// How often a `children` scenario begins again with none alive; `forks` are so many at each end
+    /// of each time (1).
+    #[serde(default = "one")]
+    pub cycles: u32,
+    /// Memory in MiB of a second machine, as silent as `quiet`, that is forked after each fork of the
+    /// first, to compare in the same moment (0: there is none).
+    #[serde(default)]
+    pub reference_mib: u32,
     /// Open loop: time between the intended starts of two forks, in µs (0: closed loop).
     #[serde(default)]
     pub interval_us: u32,
@@ -215,6 +223,16 @@ impl Scenario {
     #[must_use]
     pub fn dirty_pages(&self) -> u32 {
         self.dirty.map_or(0, |dirty| dirty.pages)
+    }
+
+    /// The machine to compare with, as a scenario.
+    #[must_use]
+    pub fn reference(&self) -> Option<Self> {
+        (self.reference_mib > 0).then(|| Self {
+            memory_mib: self.reference_mib,
+            reference_mib: 0,
+            ..self.clone()
+        })
     }
 
     /// Whether forks start on a fixed schedule.

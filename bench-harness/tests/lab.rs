@@ -69,7 +69,16 @@ about = "three alive"
 kind = "children"
 memory_mib = 32
 keep_children = 3
+cycles = 2
 forks = 2
+warmup = 1
+
+[[scenario]]
+name = "reference"
+about = "another machine is forked in turn"
+memory_mib = 64
+reference_mib = 32
+forks = 3
 warmup = 1
 
 [[scenario]]
@@ -152,7 +161,7 @@ fn every_kind() -> Result<(), Failed> {
         let recorder = &run.recorder;
         let forks = match name.as_str() {
             "depth" => 6,
-            "tax" => 4,
+            "tax" | "children" => 4,
             _ => usize::try_from(scenario.forks)?,
         };
         assert_eq!((recorder.forks(), recorder.failed()), (forks, 0), "{name}");
@@ -174,6 +183,7 @@ fn shows(name: &str, run: &ScenarioRun) {
         "children" => &["alive_children"],
         "tax" => &["tax_parent_ratio", "tax_child_ratio"],
         "upkeep" => &["arm_us", "teardown_us"],
+        "reference" => &["reference_branch_us"],
         _ => &[],
     };
     let values: &[&str] = match name {

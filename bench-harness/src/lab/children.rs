@@ -15,14 +15,35 @@ const WEIGHED: usize = 32;
 /// How long memory may take to settle before it is measured.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// `keep_children` forks whose children stay, then `forks` more whose children end.
+/// Again and again from none alive to all: rows that are minutes apart would not compare.
 pub(super) fn children(bench: &mut Bench<'_>) -> Result<(), LabError> {
     bench.warm_up()?;
     let scenario = bench.scenario;
-    let keep = scenario.keep_children;
-    bench.progress.phase("forks", u64::from(keep) + u64::from(scenario.forks));
-    std::thread::sleep(SETTLE);
-    let before = process::available_bytes();
+    let of_a_cycle = u64::from(scenario.keep_children) + 2 * u64::from(scenario.forks);
+    bench.progress.phase("forks", of_a_cycle * u64::from(scenario.cycles));
+    for index in 0..scenario.cycles {
+        for _ in 0..scenario.forks {
+            passing(bench, 0, Sample::aside)?;
+        }
+        let alive = grow(bench, index == 0)?;
+        for _ in 0..scenario.forks {
+            passing(bench, alive.len(), |sample| sample)?;
+        }
+        let begin = Instant::now();
+        bench.rig.end_all(&alive)?;
+        let seconds = begin.elapsed().as_secs_f64();
+        bench.run.values.entry("ended_s".to_owned()).or_insert(seconds);
+    }
+    Ok(())
+}
+
+/// `keep_children` forks whose children stay. The first time these are weighed.
+fn grow(bench: &mut Bench<'_>, first: bool) -> Result<Vec<Uuid>, LabError> {
+    let keep = bench.scenario.keep_children;
+    let before = first.then(|| {
+        std::thread::sleep(SETTLE);
+        process::available_bytes()
+    });
     let begin = Instant::now();
     let mut alive: Vec<Uuid> = Vec::new();
     for _ in 0..keep {
@@ -30,21 +51,29 @@ pub(super) fn children(bench: &mut Bench<'_>) -> Result<(), LabError> {
         bench.rig.ready(bench.guest.uuid, 1)?;
     }
     let seconds = begin.elapsed().as_secs_f64();
-    if u32::try_from(alive.len()) == Ok(keep) {
-        bench.run.values.insert("started_s".to_owned(), seconds);
-    } else {
+    let short = u32::try_from(alive.len()) != Ok(keep);
+    if short {
         bench.run.notes.push(format!("of {keep} children {} came to life", alive.len()));
     }
-    std::thread::sleep(SETTLE);
-    weigh(bench, &alive, before)?;
-    for _ in 0..scenario.forks {
-        let children = one(bench, alive.len(), |sample| sample)?;
-        bench.rig.end_all(&children)?;
-        bench.rig.ready(bench.guest.uuid, 1)?;
+    if let Some(before) = before {
+        if !short {
+            bench.run.values.insert("started_s".to_owned(), seconds);
+        }
+        std::thread::sleep(SETTLE);
+        weigh(bench, &alive, before)?;
     }
-    let begin = Instant::now();
-    bench.rig.end_all(&alive)?;
-    bench.run.values.insert("ended_s".to_owned(), begin.elapsed().as_secs_f64());
+    Ok(alive)
+}
+
+/// A fork whose child ends before the next one.
+fn passing(
+    bench: &mut Bench<'_>,
+    alive: usize,
+    as_what: impl FnOnce(Sample) -> Sample,
+) -> Result<(), LabError> {
+    let children = one(bench, alive, as_what)?;
+    bench.rig.end_all(&children)?;
+    bench.rig.ready(bench.guest.uuid, 1)?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use super::bench::Bench;
 use super::program::{Rate, rate_only};
 use crate::record::Summary;
 use crate::schedule::Schedule;
-use crate::session::LabError;
+use crate::session::{LabError, Silent};
 
 /// Closed or open loop.
 pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
@@ -21,6 +21,15 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
         _ => Some(bench.rig.start(bench.config.clone())?),
     };
     let mut taxes = [Vec::new(), Vec::new()];
+    let beside = scenario.reference();
+    let mut silent = Silent;
+    let mut reference = match &beside {
+        None => None,
+        Some(scenario) => Some(Bench::new(scenario, &mut silent, false)?),
+    };
+    if let Some(reference) = &mut reference {
+        reference.warm_up()?;
+    }
     for index in 0..scenario.forks {
         if scenario.is_open_loop() {
             schedule.wait(index);
@@ -49,7 +58,18 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
             let words = bench.rig.run(unarmed.uuid, &program)?;
             taxes[1].push(behind(bench, words.rate().1, rate));
         }
+        if let Some(reference) = &mut reference {
+            let plan = reference.plan();
+            let mut round = reference.fork(&plan)?;
+            reference.record(&mut round);
+            reference.next(&round)?;
+        }
         bench.progress.advance(1);
+    }
+    if let Some(reference) = reference {
+        for us in reference.finish()?.recorder.samples("branch_us") {
+            bench.run.recorder.record_apart("reference_branch_us", us);
+        }
     }
     tax(bench, &taxes);
     Ok(())

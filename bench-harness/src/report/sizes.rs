@@ -51,18 +51,21 @@ pub(super) fn sizes(recorder: &Recorder) -> Vec<SizePoint> {
     chunks.filter_map(point).collect()
 }
 
-/// p50 of the last eighth divided by p50 of the first; `None` if there are too few forks.
+/// p50 of the last eighth divided by p50 of the first, with all forks of the sizes where an eighth
+/// ends; `None` if there are too few forks.
 pub(super) fn drift(recorder: &Recorder) -> Option<f64> {
     let pairs = sorted_pairs(recorder);
     let eighth = pairs.len() / 8;
     if eighth < LEAST_AT_EACH_END {
         return None;
     }
-    let p50 = |part: &[(f64, f64)]| {
-        let samples: Vec<f64> = part.iter().map(|(_, us)| *us).collect();
+    let (low, high) = (pairs[eighth - 1].0, pairs[pairs.len() - eighth].0);
+    let p50 = |is_in: &dyn Fn(f64) -> bool| {
+        let part = pairs.iter().filter(|(size, _)| is_in(*size));
+        let samples: Vec<f64> = part.map(|(_, us)| *us).collect();
         Some(Summary::of(&samples)?.p50.0)
     };
-    let ratio = p50(&pairs[pairs.len() - eighth..])? / p50(&pairs[..eighth])?;
+    let ratio = p50(&|size| size >= high)? / p50(&|size| size <= low)?;
     // Infinite by infinite: where most forks fail there is no flatness.
     Some(if ratio.is_nan() { f64::INFINITY } else { ratio })
 }
@@ -84,6 +87,22 @@ mod tests {
         let expected = [("1", 1), ("2", 1), ("4", 2), ("8", 4), ("16", 8), ("32", 16), ("64", 32)];
         assert_eq!(ends, expected.map(|(size, n)| (size.to_owned(), n)));
         assert!((drift(&recorder).unwrap() - 1.2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn all_forks_of_the_sizes_at_the_ends_count() {
+        let mut recorder = Recorder::new();
+        // The machine becomes slower all the time, and children cost nothing.
+        for cycle in 0..4u32 {
+            for (alive, times) in [(0, 20), (50, 10), (100, 20)] {
+                for _ in 0..times {
+                    let us = 100.0 + f64::from(cycle) * 50.0;
+                    let sample = Sample::new().with("alive_children", f64::from(alive));
+                    recorder.record(sample.with("branch_us", us));
+                }
+            }
+        }
+        assert_eq!(drift(&recorder), Some(1.0));
     }
 
     #[test]

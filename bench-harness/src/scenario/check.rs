@@ -57,6 +57,10 @@ fn check_machine(scenario: &Scenario) -> Result<(), ScenarioError> {
     within(scenario, "children_per_fork", scenario.children_per_fork, (1, port::MAX_CHILDREN))?;
     within(scenario, "depth", scenario.depth, (1, 10_000))?;
     within(scenario, "keep_children", scenario.keep_children, (0, 100_000))?;
+    within(scenario, "cycles", scenario.cycles, (1, 1000))?;
+    if scenario.reference_mib > 0 {
+        within(scenario, "reference_mib", scenario.reference_mib, (16, 1 << 16))?;
+    }
     if scenario.backing == Backing::Hugetlb && !scenario.memory_mib.is_multiple_of(2) {
         let problem = format!("is {}, must be even with 2 MiB pages", scenario.memory_mib);
         return Err(invalid(scenario, "memory_mib", problem));
@@ -102,8 +106,27 @@ fn check_kind(scenario: &Scenario) -> Result<(), ScenarioError> {
     only("keep_children", Kind::Children, scenario.keep_children > 0, "must be 1 or more")?;
     only("children_per_fork", Kind::Fanout, scenario.children_per_fork > 1, "must be 2 or more")?;
     only("work_mib", Kind::Tax, scenario.work_mib > 0, "must be 1 or more")?;
+    if scenario.cycles > 1 && scenario.kind != Kind::Children {
+        return Err(invalid(scenario, "cycles", "is only for kind children"));
+    }
     if scenario.is_open_loop() && scenario.kind != Kind::Fork {
         return Err(invalid(scenario, "interval_us", "is only for kind fork"));
+    }
+    check_reference(scenario)
+}
+
+fn check_reference(scenario: &Scenario) -> Result<(), ScenarioError> {
+    if scenario.reference_mib == 0 {
+        return Ok(());
+    }
+    // What makes a machine different from `quiet` besides its memory would be in both.
+    let plain = scenario.kind == Kind::Fork
+        && !scenario.is_open_loop()
+        && scenario.dirty.is_none()
+        && scenario.rate_pages_per_second == 0;
+    if !plain {
+        let problem = "is only for kind fork, closed loop, of a parent that writes nothing";
+        return Err(invalid(scenario, "reference_mib", problem));
     }
     Ok(())
 }

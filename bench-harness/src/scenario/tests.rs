@@ -77,6 +77,9 @@ fn a_wrong_definition_names_the_field() {
         ("kind = \"tax\"", "work_mib must be 1 or more"),
         ("kind = \"tax\"\nwork_mib = 300", "work_mib needs 76800 pages"),
         ("kind = \"upkeep\"\ninterval_us = 5", "interval_us is only for kind fork"),
+        ("cycles = 2", "cycles is only for kind children"),
+        ("reference_mib = 8", "reference_mib is 8, must be 16 to 65536"),
+        ("reference_mib = 32\nrate_pages_per_second = 5", "reference_mib is only for kind fork"),
         ("backing = \"hugetlb\"\nmemory_mib = 17", "must be even"),
     ] {
         let error = parse(fields).unwrap_err();
