@@ -91,7 +91,7 @@ impl Lab for EngineLab {
         let mut notes = Vec::new();
         // Put back when it is dropped: after everything that needs it.
         let _setting = host::provide(backing, scenario.memory_bytes(), &mut notes)?;
-        let mut run = measure(scenario, progress, self.options.spoil_model)?;
+        let mut run = measure(scenario, progress, self.options)?;
         run.notes.splice(0..0, notes);
         if self.options.compare {
             self.comparisons.measure(scenario, backing, &mut run, progress)?;
@@ -103,11 +103,11 @@ impl Lab for EngineLab {
 fn measure(
     scenario: &Scenario,
     progress: &mut dyn Progress,
-    spoil: bool,
+    options: Options,
 ) -> Result<ScenarioRun, LabError> {
-    let mut bench = Bench::new(scenario, progress, spoil)?;
+    let mut bench = Bench::new(scenario, progress, options.spoil_model)?;
     match scenario.kind {
-        Kind::Fork | Kind::Fanout => forks::forks(&mut bench)?,
+        Kind::Fork | Kind::Fanout => forks::forks(&mut bench, options.compare)?,
         Kind::Depth => depth::depth(&mut bench)?,
         Kind::Children => children::children(&mut bench)?,
         Kind::Tax => tax::tax(&mut bench)?,

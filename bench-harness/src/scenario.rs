@@ -225,6 +225,15 @@ impl Scenario {
         self.dirty.map_or(0, |dirty| dirty.pages)
     }
 
+    /// Whether one fork after the other is made of a parent that writes nothing.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.kind == Kind::Fork
+            && !self.is_open_loop()
+            && self.dirty.is_none()
+            && self.rate_pages_per_second == 0
+    }
+
     /// The machine to compare with, as a scenario.
     #[must_use]
     pub fn reference(&self) -> Option<Self> {

@@ -7,8 +7,8 @@
 
 use std::time::Duration;
 
-use runtime::kvm::{DirtyMode, Host, Machine};
-use runtime::memory::{BackingKind, RamLayout};
+use runtime::kvm::{DirtyMode, Host, Machine, MachineConfig};
+use runtime::memory::{BackingKind, Image, RamLayout, Sealed};
 use runtime::sys::now_ns;
 
 use super::{BaselineError, Rounds, guest, us_between, us_since};
@@ -52,29 +52,60 @@ pub struct Cold {
 /// Machines that are made before the first that counts.
 const WARM_UP: usize = 2;
 
+/// Makes machines of one kind from nothing but an image.
+#[derive(Debug)]
+pub struct Maker {
+    host: Host,
+    image: Image<Sealed>,
+    machine: MachineConfig,
+}
+
+impl Maker {
+    /// What does not count: the image.
+    ///
+    /// # Errors
+    ///
+    /// What this host lacks.
+    pub fn new(memory_mib: u32, vcpus: u32, backing: BackingKind) -> Result<Self, BaselineError> {
+        let layout = RamLayout::new(memory_mib.max(RamLayout::MIN_MIB));
+        Ok(Self {
+            host: Host::open()?,
+            image: guest::image(backing, layout)?,
+            machine: guest::machine(layout, vcpus, DirtyMode::Bitmap),
+        })
+    }
+
+    /// Makes one and ends it: how long either took, in µs.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed.
+    pub fn make(&self) -> Result<[f64; 2], BaselineError> {
+        let start = now_ns();
+        let mapping = self.image.map_private()?;
+        let (machine, mut vcpus, log) = Machine::new(&self.host, self.machine, &mapping, false)?;
+        let vcpu = vcpus.first_mut().ok_or(BaselineError::NoSamples { what: "a machine" })?;
+        guest::boot(vcpu)?;
+        guest::run(vcpu)?;
+        let exit = now_ns();
+        drop((log, vcpus, machine, mapping));
+        Ok([us_between(start, exit), us_since(exit)])
+    }
+}
+
 /// Makes machines one after another.
 ///
 /// # Errors
 ///
 /// What this host lacks, or the step that failed.
 pub fn measure(config: &ColdConfig) -> Result<Cold, BaselineError> {
-    let layout = RamLayout::new(config.memory_mib.max(RamLayout::MIN_MIB));
-    let host = Host::open()?;
-    let image = guest::image(config.backing, layout)?;
-    let machine = guest::machine(layout, config.vcpus, DirtyMode::Bitmap);
+    let maker = Maker::new(config.memory_mib, config.vcpus, config.backing)?;
     let mut cold = Cold::default();
     for counts in Rounds::new(WARM_UP, config.samples, config.limit) {
-        let start = now_ns();
-        let mapping = image.map_private()?;
-        let (machine, mut vcpus, log) = Machine::new(&host, machine, &mapping, false)?;
-        let vcpu = vcpus.first_mut().ok_or(BaselineError::NoSamples { what: "a machine" })?;
-        guest::boot(vcpu)?;
-        guest::run(vcpu)?;
-        let exit = now_ns();
-        drop((log, vcpus, machine, mapping));
+        let [create, teardown] = maker.make()?;
         if counts {
-            cold.create_us.push(us_between(start, exit));
-            cold.teardown_us.push(us_since(exit));
+            cold.create_us.push(create);
+            cold.teardown_us.push(teardown);
         }
     }
     Ok(cold)

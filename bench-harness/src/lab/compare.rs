@@ -81,6 +81,11 @@ impl Comparisons {
         measure: impl FnOnce() -> Result<Vec<f64>, BaselineError>,
     ) -> Result<(), Trouble> {
         host::go_on()?;
+        // Measured between the forks already.
+        if let Some(samples) = run.baselines_us.get(name) {
+            self.known.entry(key).or_insert_with(|| samples.clone());
+            return Ok(());
+        }
         let samples = match self.known.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => match measure() {

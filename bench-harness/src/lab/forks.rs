@@ -3,13 +3,18 @@
 use std::time::{Duration, Instant};
 
 use super::bench::Bench;
+use super::error::Trouble;
 use super::program::{Rate, rate_only};
+use crate::baseline::cold::Maker;
 use crate::record::Summary;
 use crate::schedule::Schedule;
 use crate::session::{LabError, Silent};
 
-/// Closed or open loop.
-pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
+/// Machines made from nothing between the forks of a scenario.
+const COLD: u32 = 30;
+
+/// Closed or open loop. With `compare` cold machines are made in between, where that changes nothing.
+pub(super) fn forks(bench: &mut Bench<'_>, compare: bool) -> Result<(), LabError> {
     bench.warm_up()?;
     let scenario = bench.scenario;
     bench.progress.phase("forks", scenario.forks.into());
@@ -20,6 +25,10 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
         0 => None,
         _ => Some(bench.rig.start(bench.config.clone())?),
     };
+    let cold = (compare && scenario.is_plain() && scenario.reference_mib == 0)
+        .then(|| Maker::new(scenario.memory_mib, scenario.vcpus, bench.config.backing))
+        .transpose()
+        .map_err(Trouble::from)?;
     let mut taxes = [Vec::new(), Vec::new()];
     let beside = scenario.reference();
     let mut silent = Silent;
@@ -64,6 +73,11 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
             reference.record(&mut round);
             reference.next(&round)?;
         }
+        if let Some(cold) = &cold
+            && index % scenario.forks.div_ceil(COLD) == 0
+        {
+            cold_machine(bench, cold)?;
+        }
         bench.progress.advance(1);
     }
     if let Some(reference) = reference {
@@ -73,6 +87,16 @@ pub(super) fn forks(bench: &mut Bench<'_>) -> Result<(), LabError> {
     }
     tax(bench, &taxes);
     Ok(())
+}
+
+/// Makes a machine from nothing under the same conditions as the forks around it, and then a fork
+/// that does not count: what the end of a machine leaves to the kernel is not for the next one.
+fn cold_machine(bench: &mut Bench<'_>, cold: &Maker) -> Result<(), LabError> {
+    let [create_us, _teardown_us] = cold.make().map_err(Trouble::from)?;
+    bench.run.baselines_us.entry("cold_create_us".to_owned()).or_default().push(create_us);
+    let plan = bench.plan();
+    let round = bench.fork(&plan)?;
+    bench.next(&round)
 }
 
 /// Part of its time that the guest was behind its schedule.

@@ -116,15 +116,8 @@ fn check_kind(scenario: &Scenario) -> Result<(), ScenarioError> {
 }
 
 fn check_reference(scenario: &Scenario) -> Result<(), ScenarioError> {
-    if scenario.reference_mib == 0 {
-        return Ok(());
-    }
     // What makes a machine different from `quiet` besides its memory would be in both.
-    let plain = scenario.kind == Kind::Fork
-        && !scenario.is_open_loop()
-        && scenario.dirty.is_none()
-        && scenario.rate_pages_per_second == 0;
-    if !plain {
+    if scenario.reference_mib > 0 && !scenario.is_plain() {
         let problem = "is only for kind fork, closed loop, of a parent that writes nothing";
         return Err(invalid(scenario, "reference_mib", problem));
     }
