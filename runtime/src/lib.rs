@@ -7,10 +7,12 @@
 //! | [`owner`] | the other side: the process that runs a tree of instances |
 //! | [`kvm`], [`memory`], [`device`], [`boot`] | what a machine is made of |
 //! | [`proto`] | what owner and instance say to each other |
+//! | [`beacon`] | what an instance says about itself to the probes in the kernel |
 //! | [`doctor`] | whether this host can fork machines, and what would make it faster |
 //!
 //! Dependencies point down: `owner` speaks to `instance` through `proto` alone.
 
+pub mod beacon;
 pub mod boot;
 pub mod device;
 pub mod doctor;

@@ -97,6 +97,7 @@ mod tests {
         };
         ForkReport {
             parent: ParentMoments {
+                doorbell_ns: 0,
                 woken: 1_000,
                 quiesced: 2_000,
                 settled: 3_000,

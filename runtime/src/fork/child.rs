@@ -17,6 +17,7 @@ use super::link::{Slot, word};
 use super::rehearse;
 use super::shared::{SPIN_NS, Shared, tell};
 use super::step::{ForkError, Moment, Step};
+use crate::beacon;
 use crate::device::Answer;
 use crate::instance::Action;
 use crate::kvm::Vcpu;
@@ -46,6 +47,7 @@ impl Standby {
         slot.word.store(word::PARKED, Ordering::Release);
         shared.link.ring();
         let faults = self.park(&mut vcpu)?;
+        beacon::role(beacon::Role::Child);
         slot.stamps.stamp(Moment::Awake);
         shared.signal(&shared.awake);
         let applied = self.apply_fork()?;
@@ -79,6 +81,7 @@ impl Standby {
         let first = vcpu.run();
         if rang {
             slot.stamps.stamp(Moment::Exited);
+            beacon::born(slot.stamps.get(Moment::Exited));
             Self::account(slot, faults);
         }
         instance.engine().born(shared.crew.applier().private_pages().collect());
@@ -242,6 +245,7 @@ fn follow_to_life(shared: Arc<Shared>, vcpu: &mut Vcpu) -> Result<Action, ForkEr
         stamps.stamp(Moment::Entered);
         let first = vcpu.run();
         stamps.stamp(Moment::Exited);
+        beacon::born(stamps.get(Moment::Exited));
         shared.announce_life();
         drop(shared);
         first

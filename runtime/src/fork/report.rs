@@ -28,6 +28,9 @@ pub struct ForkReport {
 /// Moments of the parent in nanoseconds after the doorbell.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct ParentMoments {
+    /// The doorbell itself, in nanoseconds of the monotonic clock.
+    #[serde(default)]
+    pub doorbell_ns: u64,
     /// Standbys woken.
     pub woken: u64,
     /// Other vCPUs stopped.
@@ -85,6 +88,7 @@ impl ForkReport {
     pub(super) fn parent_moments(block: &ForkBlock) -> ParentMoments {
         let since = Since::new(&block.stamps);
         ParentMoments {
+            doorbell_ns: since.doorbell_ns,
             woken: since.of(&block.stamps, Moment::Woken),
             quiesced: since.of(&block.stamps, Moment::Quiesced),
             settled: since.of(&block.stamps, Moment::Settled),

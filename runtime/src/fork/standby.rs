@@ -25,6 +25,7 @@ use super::rehearse;
 use super::shared::{Shared, tell};
 use super::step::{ForkCause, ForkError, Step};
 use super::zygote::{Womb, Zygote};
+use crate::beacon;
 use crate::instance::{Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
@@ -111,6 +112,8 @@ fn prepare_with(
     sys::install_kick_handler().map_err(failed)?;
     let (identity, base) = link.read_slot(slot, inherited.config.vcpus as usize);
     let (zygote, womb) = zygote_of_child(inherited, link)?;
+    // Not before: a page that is written here first is not copied when it counts.
+    beacon::role(beacon::Role::Standby);
     let Womb { host, config, link: own, image, mapping, owned } = womb;
     let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
     let made = MachineConfig {

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::beacon;
 use crate::kvm::KvmError;
 use crate::memory::MemoryError;
 use crate::sys::{SysError, now_ns};
@@ -273,6 +274,25 @@ pub enum Moment {
 
 impl Moment {
     const COUNT: usize = 12;
+
+    /// Its name in a trace.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Doorbell => "doorbell",
+            Self::Woken => "standbys woken",
+            Self::Quiesced => "other vCPUs stopped",
+            Self::Settled => "doorbell instruction finished",
+            Self::Pages => "dirty pages captured",
+            Self::Released => "state captured",
+            Self::Resumed => "about to enter the guest again",
+            Self::Awake => "awake",
+            Self::Applied => "pages applied",
+            Self::Restored => "state and identity restored",
+            Self::Entered => "all agreed; about to enter the guest",
+            Self::Exited => "out of the guest for the first time",
+        }
+    }
 }
 
 impl Stamps {
@@ -284,11 +304,13 @@ impl Stamps {
     /// Stamps `moment` with a time taken before.
     pub fn put(&self, moment: Moment, ns: u64) {
         self.at[moment as usize].store(ns, Ordering::Relaxed);
+        beacon::moment(moment);
     }
 
     /// Stamps `moment` with a time taken before, unless a later one is there.
     pub fn raise(&self, moment: Moment, ns: u64) {
         self.at[moment as usize].fetch_max(ns, Ordering::Relaxed);
+        beacon::moment(moment);
     }
 
     /// When it was.

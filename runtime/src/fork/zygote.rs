@@ -21,6 +21,7 @@ use super::consolidate::Consolidation;
 use super::link::{self, Link};
 use super::standby;
 use super::step::ForkCause;
+use crate::beacon;
 use crate::kvm::Host;
 use crate::memory::{BackingKind, Image, Mapping, MemoryError, Sealed};
 use crate::program::{self, Part};
@@ -101,6 +102,7 @@ impl Zygote {
                 std::mem::forget(ours);
                 // SAFETY: nothing but `womb` and `theirs` is used from here on.
                 unsafe { sys::close_all_but(&keep) };
+                beacon::role(beacon::Role::Zygote);
                 sys::set_process_name("ukp-zygote");
                 sys::reap_children_automatically();
                 serve(womb, theirs)
@@ -219,6 +221,7 @@ impl Womb {
     fn adopt(&mut self, file: OwnedFd, bytes: u64, kind: BackingKind) -> Result<(), MemoryError> {
         let image = Image::<Sealed>::adopt(file, bytes, kind)?;
         let mapping = image.map_private()?;
+        beacon::guest(&mapping);
         self.owned = Some(PageBits::new(&mapping));
         self.mapping = Some(mapping);
         self.image = Some(image);
@@ -229,6 +232,7 @@ impl Womb {
 /// Becomes the zygote of an instance that has lost its own. `socket` is the line to it, and the
 /// first message on it carries the configuration and the link.
 pub fn serve_raised(socket: OwnedFd) -> ! {
+    beacon::role(beacon::Role::Zygote);
     sys::set_process_name("ukp-zygote");
     sys::reap_children_automatically();
     match raised_womb(&socket) {

@@ -23,6 +23,7 @@ pub use gate::{Gate, Stopped};
 pub use root::run_root;
 pub(crate) use vcpu::Action;
 
+use crate::beacon;
 use crate::device::Answer;
 use crate::fork::{Engine, Identity, Link, Step, Zygote};
 use crate::kvm::{Kick, Machine};
@@ -114,6 +115,7 @@ impl Instance {
         };
         let vcpus = birth.kicks.len();
         haste::prepare();
+        beacon::guest(&birth.mapping);
         Ok(Arc::new(Self {
             ram,
             gate: Gate::new(birth.kicks.into_iter()),

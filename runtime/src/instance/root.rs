@@ -8,6 +8,7 @@ use rustix::net::RecvFlags;
 
 use super::vcpu::Action;
 use super::{Birth, Instance};
+use crate::beacon;
 use crate::boot::{self, BootError};
 use crate::fork::{
     Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Womb, Zygote,
@@ -76,6 +77,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     sys::reap_children_automatically();
     // SAFETY: this process has not started a thread yet.
     let (zygote, womb) = unsafe { Zygote::fork(womb) }?;
+    beacon::role(beacon::Role::Parent);
     let Womb { host, mut config, link, .. } = womb;
     let layout = RamLayout::new(config.memory_mib);
     let (image, note) = image(config.backing, layout.bytes())?;

@@ -1,0 +1,239 @@
+//! Which programs are attached where, the better ones first.
+
+use std::path::{Path, PathBuf};
+
+use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
+use aya::programs::uprobe::UProbeScope;
+use aya::programs::{FExit, KProbe, PerfEvent, ProgramError, RawTracePoint, UProbe};
+use aya::{Btf, Ebpf};
+
+use crate::probes::{Attached, Level, Refused};
+
+/// How a program is attached.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum How {
+    /// At a tracepoint, which gives its arguments as they are.
+    RawTracepoint(&'static str),
+    /// At the end of a kernel function, called directly.
+    FExit(&'static str),
+    /// At a kernel function, by a breakpoint or its like; also at its return.
+    KProbe(&'static [&'static str]),
+    /// At a counter of the kernel, on each processor, for each event.
+    Counter(SoftwareEvent),
+    /// At the stages of a fork in this program.
+    Stage,
+}
+
+impl How {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::RawTracepoint(_) => "raw_tp",
+            Self::FExit(_) => "fexit",
+            Self::KProbe(_) => "kprobe",
+            Self::Counter(_) => "perf_event",
+            Self::Stage => "usdt",
+        }
+    }
+}
+
+/// A program and how it is attached.
+pub(crate) type Program = (&'static str, How);
+
+/// Something that is measured: the ways to do it, the best one first. A way needs all its programs.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) what: &'static str,
+    pub(crate) ways: &'static [&'static [Program]],
+    /// Without it the others are of no use.
+    pub(crate) required: bool,
+    pub(crate) level: Level,
+}
+
+/// The part that `FAULTS_END` is about.
+pub(crate) const FAULTS_END: &str = "time of page faults";
+
+use How::{Counter, FExit as AtExit, KProbe as AtFunction, RawTracepoint as Raw, Stage};
+
+/// Everything. What begins comes before what ends it.
+pub(crate) const PARTS: [Part; 8] = [
+    Part {
+        what: "processes",
+        ways: &[&[
+            ("process_fork", Raw("sched_process_fork")),
+            ("process_exec", Raw("sched_process_exec")),
+            ("process_exit", Raw("sched_process_exit")),
+        ]],
+        required: true,
+        level: Level::On,
+    },
+    Part {
+        what: FAULTS_END,
+        ways: &[
+            &[("fault_handled", AtExit("handle_mm_fault"))],
+            &[
+                ("fault_minor", Counter(SoftwareEvent::PageFaultsMin)),
+                ("fault_major", Counter(SoftwareEvent::PageFaultsMaj)),
+            ],
+        ],
+        required: false,
+        level: Level::On,
+    },
+    Part {
+        what: "page faults",
+        ways: &[&[
+            ("fault_user", Raw("page_fault_user")),
+            ("fault_kernel", Raw("page_fault_kernel")),
+        ]],
+        required: true,
+        level: Level::On,
+    },
+    Part {
+        what: "exits",
+        ways: &[&[("kvm_userspace_exit", Raw("kvm_userspace_exit"))]],
+        required: false,
+        level: Level::On,
+    },
+    Part {
+        what: "faults of the guest",
+        ways: &[
+            &[
+                ("kvm_walk", Raw("kvm_mmu_pagetable_walk")),
+                ("kvm_set_spte", Raw("kvm_mmu_set_spte")),
+                ("kvm_page_fault", Raw("kvm_page_fault")),
+                ("kvm_entry", Raw("kvm_entry")),
+            ],
+            &[("kvm_page_fault", Raw("kvm_page_fault")), ("kvm_entry", Raw("kvm_entry"))],
+        ],
+        required: false,
+        level: Level::On,
+    },
+    Part {
+        what: "time off CPU",
+        ways: &[&[("sched_switch", Raw("sched_switch")), ("sched_wakeup", Raw("sched_wakeup"))]],
+        required: false,
+        level: Level::On,
+    },
+    Part {
+        what: "calls to KVM",
+        ways: &[
+            &[
+                ("call_ends", AtFunction(&["kvm_vcpu_ioctl", "kvm_vm_ioctl"])),
+                ("call_begins", AtFunction(&["kvm_vcpu_ioctl", "kvm_vm_ioctl"])),
+            ],
+            &[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))],
+        ],
+        required: false,
+        level: Level::All,
+    },
+    Part {
+        what: "stages of a fork",
+        ways: &[&[("stage", Stage)]],
+        required: false,
+        level: Level::All,
+    },
+];
+
+/// Loads and attaches a part the best way that this kernel allows. `None`: no way.
+pub(crate) fn attach(ebpf: &mut Ebpf, part: &Part, refused: &mut Vec<Refused>) -> Option<Attached> {
+    for way in part.ways {
+        let mut done: Vec<&'static str> = Vec::new();
+        let failed = way.iter().find_map(|(name, how)| match one(ebpf, name, *how) {
+            Ok(()) => {
+                done.push(name);
+                None
+            }
+            Err(reason) => Some(Refused { program: name, how: how.name(), reason }),
+        });
+        let Some(failed) = failed else {
+            let how = way.first().map_or("nothing", |(_, how)| how.name());
+            return Some(Attached { what: part.what, how });
+        };
+        refused.push(failed);
+        for name in done {
+            unload(ebpf, name);
+        }
+    }
+    None
+}
+
+/// Loads and attaches one program.
+fn one(ebpf: &mut Ebpf, name: &str, how: How) -> Result<(), String> {
+    let program = ebpf.program_mut(name).ok_or("it is not among the probes")?;
+    let result = match how {
+        How::RawTracepoint(at) => {
+            let program: &mut RawTracePoint = program.try_into().map_err(text)?;
+            program.load().and_then(|()| program.attach(at).map(drop))
+        }
+        How::FExit(at) => {
+            let btf = Btf::from_sys_fs().map_err(text)?;
+            let program: &mut FExit = program.try_into().map_err(text)?;
+            program.load(at, &btf).and_then(|()| program.attach().map(drop))
+        }
+        How::KProbe(at) => {
+            let program: &mut KProbe = program.try_into().map_err(text)?;
+            program
+                .load()
+                .and_then(|()| at.iter().try_for_each(|at| program.attach(at, 0).map(drop)))
+        }
+        How::Counter(event) => {
+            let program: &mut PerfEvent = program.try_into().map_err(text)?;
+            program.load().and_then(|()| on_every_processor(program, event))
+        }
+        How::Stage => {
+            let (path, offset) = stage_site().ok_or("this program has no mark ukp:stage")?;
+            let program: &mut UProbe = program.try_into().map_err(text)?;
+            program
+                .load()
+                .and_then(|()| program.attach(offset, path, UProbeScope::AllProcesses).map(drop))
+        }
+    };
+    result.map_err(text)
+}
+
+fn on_every_processor(program: &mut PerfEvent, event: SoftwareEvent) -> Result<(), ProgramError> {
+    let processors = aya::util::online_cpus().map_err(|(_, error)| ProgramError::IOError(error))?;
+    for cpu in processors {
+        program.attach(
+            PerfEventConfig::Software(event),
+            PerfEventScope::AllProcessesOneCpu { cpu },
+            SamplePolicy::Period(1),
+            false,
+        )?;
+    }
+    Ok(())
+}
+
+fn unload(ebpf: &mut Ebpf, name: &str) {
+    use aya::programs::Program;
+    // It was loaded a moment ago; if it cannot be unloaded, it goes with this process.
+    match ebpf.program_mut(name) {
+        Some(Program::RawTracePoint(program)) => program.unload().unwrap_or(()),
+        Some(Program::FExit(program)) => program.unload().unwrap_or(()),
+        Some(Program::KProbe(program)) => program.unload().unwrap_or(()),
+        Some(Program::PerfEvent(program)) => program.unload().unwrap_or(()),
+        Some(Program::UProbe(program)) => program.unload().unwrap_or(()),
+        _ => {}
+    }
+}
+
+/// The kernel's words, with the verifier's last ones if it had any.
+fn text(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        source = inner.source();
+    }
+    // The log of the verifier comes with line breaks; what it says at the end is the reason.
+    text.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" | ")
+}
+
+/// Where this program marks the stages of a fork: file and offset.
+fn stage_site() -> Option<(PathBuf, u64)> {
+    let path = std::env::current_exe().ok()?;
+    let offset = crate::usdt::offset(Path::new(&path), "ukp", "stage")?;
+    Some((path, offset))
+}

@@ -1,0 +1,32 @@
+//! Loads the probes, attaches them, and reads what they counted.
+//!
+//! ```no_run
+//! use ebpf_loader::{Level, Probes};
+//!
+//! let mut probes = Probes::load(Level::On)?;
+//! probes.track(std::process::id(), 0)?;
+//! for (pid, counted) in probes.read()? {
+//!     for ((role, metric), histogram) in counted {
+//!         println!("{pid} {} {}: {}", role.name(), metric.name(), histogram.count());
+//!     }
+//! }
+//! # Ok::<(), ebpf_loader::ProbeError>(())
+//! ```
+//!
+//! Everything in the kernel belongs to descriptors of this process: it goes when the process does,
+//! however it ends. Nothing is pinned.
+
+mod attach;
+mod error;
+mod histogram;
+mod host;
+pub mod names;
+mod offsets;
+mod probes;
+mod trace;
+mod usdt;
+
+pub use ebpf_common::{Beacon, Event, EventKind, Metric, Role};
+pub use error::ProbeError;
+pub use histogram::Histogram;
+pub use probes::{Attached, Counted, Level, Lost, Probes, Refused, Row, rows};

@@ -1,0 +1,329 @@
+//! The probes of this process.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aya::maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap};
+use aya::{Ebpf, EbpfLoader};
+use ebpf_common::{Cell, CellKey, Metric, Role, Tracked, lost};
+use serde::{Deserialize, Serialize};
+
+use crate::attach::{self, FAULTS_END, PARTS};
+use crate::error::ProbeError;
+use crate::histogram::Histogram;
+use crate::host;
+use crate::offsets::Offsets;
+use crate::trace::Trace;
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Nothing.
+    Off,
+    /// What costs next to nothing.
+    #[default]
+    On,
+    /// Calls to KVM and the stages of forks, too.
+    All,
+}
+
+/// Something that is measured, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Attached {
+    /// What is.
+    pub what: &'static str,
+    /// `raw_tp`, `fexit`, `kprobe`, `perf_event`, `usdt`.
+    pub how: &'static str,
+}
+
+/// A program that the kernel would not have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// Its name.
+    pub program: &'static str,
+    /// How it was to be attached.
+    pub how: &'static str,
+    /// What the kernel said.
+    pub reason: String,
+}
+
+/// What there was no room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// Values, as there was no room for another bucket.
+    pub values: u64,
+    /// Events of a trace.
+    pub events: u64,
+    /// Processes.
+    pub processes: u64,
+    /// Things that began.
+    pub begun: u64,
+}
+
+impl Lost {
+    /// Whether anything was.
+    #[must_use]
+    pub fn any(&self) -> bool {
+        *self != Self::default()
+    }
+}
+
+/// Histograms of one process.
+pub type Counted = BTreeMap<(Role, Metric), Histogram>;
+
+/// One of them, as it is passed on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Row {
+    /// Who the process was.
+    #[serde(with = "crate::names::role")]
+    pub role: Role,
+    /// What was counted.
+    #[serde(with = "crate::names::metric")]
+    pub metric: Metric,
+    /// The values.
+    pub histogram: Histogram,
+}
+
+/// Histograms as a list.
+#[must_use]
+pub fn rows(counted: &Counted) -> Vec<Row> {
+    let row = |((role, metric), histogram): (&(Role, Metric), &Histogram)| Row {
+        role: *role,
+        metric: *metric,
+        histogram: histogram.clone(),
+    };
+    counted.iter().map(row).collect()
+}
+
+/// Probes that are loaded. They go with this value, and with its process.
+#[derive(Debug)]
+pub struct Probes {
+    ebpf: Ebpf,
+    attached: Vec<Attached>,
+    refused: Vec<Refused>,
+    ended: Counted,
+    trace: Option<Trace>,
+}
+
+#[cfg(probes)]
+#[expect(clippy::unnecessary_wraps, reason = "without probes it fails")]
+fn object() -> Result<&'static [u8], ProbeError> {
+    Ok(aya::include_bytes_aligned!(env!("PROBES")))
+}
+
+#[cfg(not(probes))]
+fn object() -> Result<&'static [u8], ProbeError> {
+    Err(ProbeError::NotBuilt(env!("PROBES_MISSING")))
+}
+
+impl Probes {
+    /// Loads and attaches what this kernel allows.
+    ///
+    /// # Errors
+    ///
+    /// Why there can be none here. That some cannot be had is no error: see [`Probes::refused`].
+    pub fn load(level: Level) -> Result<Self, ProbeError> {
+        let object = object()?;
+        host::check()?;
+        let offsets = Offsets::of_this_kernel()?;
+        let probes = Self::load_with(object, offsets, level, true)?;
+        if probes.attached.iter().any(|attached| attached.what == FAULTS_END) {
+            return Ok(probes);
+        }
+        // Then they are counted when they begin.
+        let refused = probes.refused;
+        let probes = Self::load_with(object, offsets, level, false)?;
+        Ok(Self { refused, ..probes })
+    }
+
+    fn load_with(
+        object: &[u8],
+        offsets: Offsets,
+        level: Level,
+        faults_end: bool,
+    ) -> Result<Self, ProbeError> {
+        let ebpf = EbpfLoader::new()
+            .override_global("TASK_PID", &offsets.task_pid, true)
+            .override_global("TASK_TGID", &offsets.task_tgid, true)
+            .override_global("FAULTS_END", &u32::from(faults_end), true)
+            .load(object)
+            .map_err(|error| ProbeError::Load(Box::new(error)))?;
+        let (attached, refused) = (Vec::new(), Vec::new());
+        let mut probes = Self { ebpf, attached, refused, ended: Counted::new(), trace: None };
+        for part in PARTS.iter().filter(|part| part.level <= level) {
+            if part.what == FAULTS_END && !faults_end {
+                continue;
+            }
+            match attach::attach(&mut probes.ebpf, part, &mut probes.refused) {
+                Some(attached) => probes.attached.push(attached),
+                None if part.required => {
+                    let last = probes.refused.pop();
+                    return Err(last.map_or(ProbeError::NotBuilt(part.what), |last| {
+                        ProbeError::Refused { program: last.program, reason: last.reason }
+                    }));
+                }
+                None => {}
+            }
+        }
+        Ok(probes)
+    }
+
+    /// What is measured, and how.
+    #[must_use]
+    pub fn attached(&self) -> &[Attached] {
+        &self.attached
+    }
+
+    /// Programs that this kernel would not have. Something else may do what they were for.
+    #[must_use]
+    pub fn refused(&self) -> &[Refused] {
+        &self.refused
+    }
+
+    /// Measures a process and everything that it forks from now on. `beacon` is the address of its
+    /// [`Beacon`](ebpf_common::Beacon), 0 if it has none.
+    ///
+    /// # Errors
+    ///
+    /// If there is no room for it.
+    pub fn track(&mut self, pid: u32, beacon: u64) -> Result<(), ProbeError> {
+        let mut processes = processes(&mut self.ebpf)?;
+        let known = processes.get(&pid, 0).ok().map(Tracked::from_words);
+        if known.is_some_and(|known| known.beacon == beacon) {
+            return Ok(());
+        }
+        let known = known.unwrap_or_default();
+        processes
+            .insert(pid, Tracked { beacon, ..known }.words(), 0)
+            .map_err(ProbeError::map("PROCESSES"))
+    }
+
+    /// Whether a process is measured, and it is known where it says who it is.
+    #[must_use]
+    pub fn knows(&self, pid: u32) -> bool {
+        let processes = self
+            .ebpf
+            .map("PROCESSES")
+            .and_then(|map| HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok());
+        let known = processes.and_then(|processes| processes.get(&pid, 0).ok());
+        known.is_some_and(|known| Tracked::from_words(known).beacon != 0)
+    }
+
+    /// Reads what was counted of processes that live. Those that have ended are added to
+    /// [`Probes::ended`] and forgotten.
+    ///
+    /// # Errors
+    ///
+    /// If the maps cannot be read.
+    pub fn read(&mut self) -> Result<BTreeMap<u32, Counted>, ProbeError> {
+        let mut counted = BTreeMap::<u32, BTreeMap<CellKey, Cell>>::new();
+        let cells = cells(&mut self.ebpf)?;
+        for entry in &cells {
+            let (key, values) = entry.map_err(ProbeError::map("CELLS"))?;
+            let key = CellKey::from_word(key);
+            let sum = values.iter().fold(Cell::default(), |sum, [count, ns]| Cell {
+                count: sum.count + count,
+                sum: sum.sum + ns,
+            });
+            counted.entry(key.pid).or_default().insert(key, sum);
+        }
+        // In this order: whoever is not among them now counts nothing any more.
+        let processes = processes(&mut self.ebpf)?;
+        let live: BTreeSet<u32> = processes.keys().filter_map(Result::ok).collect();
+        let (live, ended): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            counted.into_iter().partition(|(pid, _)| live.contains(pid));
+        let mut cells = self::cells(&mut self.ebpf)?;
+        for (key, cell) in ended.into_values().flatten() {
+            // An error: somebody else was faster.
+            if cells.remove(&key.word()).is_ok() {
+                add(&mut self.ended, key, cell);
+            }
+        }
+        let histograms = |cells: BTreeMap<CellKey, Cell>| {
+            let mut counted = Counted::new();
+            for (key, cell) in cells {
+                add(&mut counted, key, cell);
+            }
+            counted
+        };
+        Ok(live.into_iter().map(|(pid, cells)| (pid, histograms(cells))).collect())
+    }
+
+    /// What was counted of processes that have ended, all together, as of the last
+    /// [`Probes::read`].
+    #[must_use]
+    pub fn ended(&self) -> &Counted {
+        &self.ended
+    }
+
+    /// What there was no room for so far.
+    ///
+    /// # Errors
+    ///
+    /// If the map cannot be read.
+    pub fn lost(&mut self) -> Result<Lost, ProbeError> {
+        let counts: PerCpuArray<&mut MapData, u64> =
+            map(&mut self.ebpf, "LOST")?.try_into().map_err(ProbeError::map("LOST"))?;
+        let count = |slot: u32| {
+            let values = counts.get(&slot, 0).map_err(ProbeError::map("LOST"))?;
+            Ok::<u64, ProbeError>(values.iter().sum())
+        };
+        Ok(Lost {
+            values: count(lost::CELLS)?,
+            events: count(lost::EVENTS)?,
+            processes: count(lost::PROCESSES)?,
+            begun: count(lost::BEGUN)?,
+        })
+    }
+
+    /// Sends the events of all processes one by one, too, or stops that; what they fork meanwhile is
+    /// traced as well.
+    ///
+    /// # Errors
+    ///
+    /// If the maps cannot be used.
+    pub fn trace(&mut self, on: bool) -> Result<(), ProbeError> {
+        const BPF_EXIST: u64 = 2;
+        if self.trace.is_none() {
+            let events = self.ebpf.take_map("EVENTS").ok_or(ProbeError::NotBuilt("EVENTS"))?;
+            self.trace = Some(Trace::new(events)?);
+        }
+        let mut processes = processes(&mut self.ebpf)?;
+        let known: Vec<(u32, [u64; 2])> = processes.iter().filter_map(Result::ok).collect();
+        for (pid, tracked) in known {
+            let tracked = Tracked { traced: on.into(), ..Tracked::from_words(tracked) };
+            // An error: it has ended.
+            processes.insert(pid, tracked.words(), BPF_EXIST).unwrap_or(());
+        }
+        Ok(())
+    }
+
+    /// The events since the last time.
+    pub fn events(&mut self) -> Vec<ebpf_common::Event> {
+        self.trace.as_mut().map(Trace::drain).unwrap_or_default()
+    }
+}
+
+fn map<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut aya::maps::Map, ProbeError> {
+    ebpf.map_mut(name).ok_or(ProbeError::NotBuilt(name))
+}
+
+fn processes(ebpf: &mut Ebpf) -> Result<Processes<'_>, ProbeError> {
+    map(ebpf, "PROCESSES")?.try_into().map_err(ProbeError::map("PROCESSES"))
+}
+
+/// [`CellKey::word`] to count and sum.
+type Cells<'a> = PerCpuHashMap<&'a mut MapData, u64, [u64; 2]>;
+/// To [`Tracked::words`].
+type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 2]>;
+
+fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
+    map(ebpf, "CELLS")?.try_into().map_err(ProbeError::map("CELLS"))
+}
+
+fn add(counted: &mut Counted, key: CellKey, cell: Cell) {
+    let names = (Role::from_number(key.role), Metric::from_number(key.metric));
+    if let (Some(role), Some(metric)) = names {
+        counted.entry((role, metric)).or_default().add(key.bucket, cell);
+    }
+}

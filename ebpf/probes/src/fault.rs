@@ -1,0 +1,91 @@
+//! Page faults of our processes.
+
+use aya_ebpf::macros::{fexit, perf_event, raw_tracepoint};
+use aya_ebpf::programs::{FExitContext, PerfEventContext, RawTracePointContext};
+use ebpf_common::{EventKind, Metric};
+
+use crate::begun::{self, Kind};
+use crate::maps::faults_end;
+use crate::record::{current, event, ids, is_ours, took};
+
+/// Bits of the error code: the page was there, it was a write.
+const PRESENT: u64 = 1;
+const WRITE: u64 = 2;
+
+#[raw_tracepoint(tracepoint = "page_fault_user")]
+pub fn fault_user(ctx: RawTracePointContext) -> i32 {
+    begins(ctx.arg(0), ctx.arg(2))
+}
+
+#[raw_tracepoint(tracepoint = "page_fault_kernel")]
+pub fn fault_kernel(ctx: RawTracePointContext) -> i32 {
+    begins(ctx.arg(0), ctx.arg(2))
+}
+
+/// Where the kernel allows it: cheaper than the events of its own counters.
+#[fexit(function = "handle_mm_fault")]
+pub fn fault_handled(ctx: FExitContext) -> i32 {
+    const REGISTERS: usize = 3;
+    const RESULT: usize = 4;
+    const MAJOR: u64 = 4;
+    const RETRY: u64 = 0x400;
+    let (registers, result): (u64, u64) = (ctx.arg(REGISTERS), ctx.arg(RESULT));
+    // Without registers it is not a fault of the thread's own.
+    if registers != 0 && result & RETRY == 0 {
+        ends(result & MAJOR != 0);
+    }
+    0
+}
+
+#[perf_event]
+pub fn fault_minor(_ctx: PerfEventContext) -> u32 {
+    ends(false)
+}
+
+#[perf_event]
+pub fn fault_major(_ctx: PerfEventContext) -> u32 {
+    ends(true)
+}
+
+#[inline(always)]
+fn begins(address: u64, code: u64) -> i32 {
+    let (pid, tid) = ids();
+    if is_ours(pid) {
+        if faults_end() == 0 {
+            counted(address, code, false, 0);
+        } else {
+            begun::begin(Kind::Fault, tid, address, code);
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn ends(major: bool) -> u32 {
+    let (pid, tid) = ids();
+    if is_ours(pid)
+        && let Some((begun, ns)) = begun::end(Kind::Fault, tid)
+    {
+        counted(begun.what, begun.code, major, ns);
+    }
+    0
+}
+
+#[inline(always)]
+fn counted(address: u64, code: u64, major: bool, ns: u64) {
+    let Some(current) = current() else { return };
+    let offset = address.wrapping_sub(current.beacon.guest_start);
+    let guest = offset < current.beacon.guest_len;
+    let copied = code & (PRESENT | WRITE) == PRESENT | WRITE;
+    let metric = match (guest, major, copied) {
+        (true, true, _) => Metric::GuestMajor,
+        (true, false, true) => Metric::GuestCow,
+        (true, false, false) => Metric::GuestMinor,
+        (false, true, _) => Metric::OwnMajor,
+        (false, false, true) => Metric::OwnCow,
+        (false, false, false) => Metric::OwnMinor,
+    };
+    let what = if guest { offset } else { address };
+    let detail = code & 0xffff_ffff | (metric as u64) << 32;
+    took(&current, metric, ns, event(EventKind::Fault, what, detail));
+}

@@ -1,0 +1,69 @@
+//! What KVM does for a guest of ours.
+//!
+//! Raw tracepoints everywhere: KVM may be a module, whose types are not those of the kernel.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use ebpf_common::{EventKind, Metric};
+
+use crate::begun::{self, Kind};
+use crate::record::{count, current, event, ids, is_ours, send, took};
+
+#[raw_tracepoint(tracepoint = "kvm_userspace_exit")]
+pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
+    if let Some(current) = current() {
+        let reason: u32 = ctx.arg(0);
+        let errno: i32 = ctx.arg(1);
+        // Interrupted before it had a reason.
+        let reason = if errno < 0 { 0xff } else { reason & 0xff };
+        count(current.pid, current.role, Metric::Exits, reason as u16, 0);
+        send(&current, 0, event(EventKind::Exit, reason.into(), 0));
+    }
+    0
+}
+
+/// Where the guest's page tables are walked in software: it begins.
+#[raw_tracepoint(tracepoint = "kvm_mmu_pagetable_walk")]
+pub fn kvm_walk(ctx: RawTracePointContext) -> i32 {
+    let (pid, tid) = ids();
+    if is_ours(pid) {
+        begun::begin(Kind::Kvm, tid, ctx.arg(0), 0);
+    }
+    0
+}
+
+/// It ends: `gfn` is mapped.
+#[raw_tracepoint(tracepoint = "kvm_mmu_set_spte")]
+pub fn kvm_set_spte(ctx: RawTracePointContext) -> i32 {
+    ends(ctx.arg::<u64>(1) << 12)
+}
+
+/// Where the processor walks them: it begins.
+#[raw_tracepoint(tracepoint = "kvm_page_fault")]
+pub fn kvm_page_fault(ctx: RawTracePointContext) -> i32 {
+    let (pid, tid) = ids();
+    if is_ours(pid) {
+        begun::begin(Kind::Kvm, tid, ctx.arg(1), 0);
+    }
+    0
+}
+
+/// It ends.
+#[raw_tracepoint(tracepoint = "kvm_entry")]
+pub fn kvm_entry(_ctx: RawTracePointContext) -> i32 {
+    ends(u64::MAX)
+}
+
+/// `address` of the guest, or all ones: where it began.
+#[inline(always)]
+fn ends(address: u64) -> i32 {
+    let (pid, tid) = ids();
+    if is_ours(pid)
+        && let Some((begun, ns)) = begun::end(Kind::Kvm, tid)
+        && let Some(current) = current()
+    {
+        let address = if address == u64::MAX { begun.what } else { address };
+        took(&current, Metric::KvmFault, ns, event(EventKind::KvmFault, address, 0));
+    }
+    0
+}

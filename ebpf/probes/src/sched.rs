@@ -1,0 +1,48 @@
+//! How long a thread of ours that was woken waits for a processor.
+//!
+//! When a thread is about to run, memory is still that of the one before it: what its process said
+//! about itself last must do.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use ebpf_common::{Metric, bucket};
+
+use crate::begun::{self, Kind};
+use crate::maps::PROCESSES;
+use crate::process::{task_pid_of, task_tgid_of};
+use crate::record::{count, is_ours};
+
+#[raw_tracepoint(tracepoint = "sched_wakeup")]
+pub fn sched_wakeup(ctx: RawTracePointContext) -> i32 {
+    woken(ctx.arg(0))
+}
+
+#[raw_tracepoint(tracepoint = "sched_switch")]
+pub fn sched_switch(ctx: RawTracePointContext) -> i32 {
+    runs(ctx.arg(2))
+}
+
+#[inline(always)]
+fn woken(task: u64) -> i32 {
+    if let Some(pid) = task_tgid_of(task)
+        && is_ours(pid)
+        && let Some(tid) = task_pid_of(task)
+    {
+        begun::begin(Kind::Wake, tid, 0, 0);
+    }
+    0
+}
+
+#[inline(always)]
+fn runs(task: u64) -> i32 {
+    if let Some(pid) = task_tgid_of(task)
+        && let Some(tracked) = PROCESSES.get_ptr(&pid)
+        && let Some(tid) = task_pid_of(task)
+        && let Some((_, ns)) = begun::end(Kind::Wake, tid)
+    {
+        // SAFETY: an element of a map that is not freed while this program runs.
+        let role = unsafe { (*tracked).role } as u8;
+        count(pid, role, Metric::OffCpu, bucket(ns), ns);
+    }
+    0
+}
