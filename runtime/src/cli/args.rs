@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use ebpf_loader::Level;
 use runtime::kvm::DirtyMode;
 use runtime::memory::BackingKind;
 
@@ -40,8 +41,10 @@ pub enum Verb {
     Pause(InstanceArgs),
     /// Let the vCPUs of a paused instance go on
     Resume(InstanceArgs),
-    /// Show counters of an instance
-    Stats(InstanceArgs),
+    /// Show counters of an instance, and what the probes in the kernel counted of it
+    Stats(StatsArgs),
+    /// Show one fork of an instance, stage by stage, with every page fault in it
+    Trace(TraceArgs),
     /// Tell whether this host can fork machines, and what would make it faster
     #[command(after_help = EXIT_CODES)]
     Doctor(DoctorArgs),
@@ -98,6 +101,9 @@ pub struct RunArgs {
     /// Processors for children during a fork [default: all]
     #[arg(long, value_name = "LIST", value_parser = parse::processors)]
     pub standby_cpus: Option<u64>,
+    /// What probes in the kernel measure, where they are allowed
+    #[arg(long, value_enum, default_value_t = ProbesArg::On)]
+    pub probes: ProbesArg,
     /// End all descendants when the first instance has ended
     #[arg(long)]
     pub kill_children: bool,
@@ -139,6 +145,39 @@ pub struct BranchArgs {
 pub struct InstanceArgs {
     /// The instance: its UUID, or as much of its beginning as is unambiguous
     pub instance: Prefix,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Go on until the instance ends or Ctrl-C
+    #[arg(long)]
+    pub live: bool,
+    /// Time between two looks, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 1000, requires = "live",
+          value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
+    pub interval: u64,
+    /// Print a JSON object; with --live one per line
+    #[arg(long)]
+    pub json: bool,
+    /// Print what a Prometheus scrape wants
+    #[arg(long, conflicts_with_all = ["json", "live"])]
+    pub prometheus: bool,
+}
+
+/// Arguments of `trace`.
+#[derive(Debug, Args)]
+pub struct TraceArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Make a fork from the host, instead of waiting for the guest's next one
+    #[arg(short, long)]
+    pub branch: bool,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
@@ -196,6 +235,27 @@ impl From<BackingArg> for BackingKind {
             BackingArg::Small => Self::Small,
             BackingArg::Thp => Self::Thp,
             BackingArg::Hugetlb => Self::Hugetlb,
+        }
+    }
+}
+
+/// [`Level`] as typed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ProbesArg {
+    /// Nothing
+    Off,
+    /// Page faults, exits, waits for a processor
+    On,
+    /// Calls to KVM and the stages of forks too
+    All,
+}
+
+impl From<ProbesArg> for Level {
+    fn from(arg: ProbesArg) -> Self {
+        match arg {
+            ProbesArg::Off => Self::Off,
+            ProbesArg::On => Self::On,
+            ProbesArg::All => Self::All,
         }
     }
 }

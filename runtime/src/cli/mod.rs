@@ -21,10 +21,14 @@ mod console;
 mod doctor;
 mod error;
 mod parse;
+mod prometheus;
 mod ps;
 mod run;
 mod serve;
 mod signals;
+mod stats;
+mod trace;
+mod tracing;
 mod verbs;
 mod wire;
 
@@ -62,7 +66,8 @@ impl Verb {
             Self::Kill(args) => verbs::kill(&args),
             Self::Pause(args) => verbs::pause(&args),
             Self::Resume(args) => verbs::resume(&args),
-            Self::Stats(args) => verbs::stats(&args),
+            Self::Stats(args) => stats::stats(&args),
+            Self::Trace(args) => trace::trace(&args),
             Self::Doctor(args) => doctor::run(&args),
             Self::Completions { shell } => {
                 let mut script = Vec::new();

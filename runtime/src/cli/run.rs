@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ebpf_loader::Level;
 use runtime::boot::{self, BootError};
 use runtime::kvm::{DirtyMode, Host};
 use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
@@ -46,7 +47,15 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     let listener = screen.clone();
     let owner = Owner::forwarding(Box::new(move |uuid, event| lock(&listener).event(uuid, event)))?;
     let owner = Arc::new(owner);
-    let server = Server::start(&owner)?;
+    let level = args.probes.into();
+    let probes_off = match level {
+        Level::Off => Some("the machine was started with --probes off".to_owned()),
+        level => owner.probe(level).err().map(|error| sys::chain(&error)),
+    };
+    if let (Some(off), true) = (&probes_off, level != Level::Off) {
+        lock(&screen).note(&format!("probes are off: {off}"));
+    }
+    let server = Server::start(&owner, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty();
     let result = start(&owner, config).map(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebpf_loader::ProbeError;
 use runtime::owner::{Known, Owner, OwnerError};
 use runtime::proto::{MAX_MESSAGE, Request};
 use runtime::sys::{self, SysError, now_ns};
@@ -17,7 +18,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use uuid::Uuid;
 
-use super::wire::{Answer, Ask, LISTED_AT_ONCE, Listed, REASON_CHARS, SOCKET, State};
+use super::tracing;
+use super::wire::{Answer, Ask, LISTED_AT_ONCE, Listed, Probed, REASON_CHARS, SOCKET, State};
 
 /// How often a `wait` looks whether anybody still listens.
 const LOOK: Duration = Duration::from_millis(500);
@@ -33,6 +35,9 @@ pub struct Server {
     owner: Arc<Owner>,
     paused: Mutex<HashSet<Uuid>>,
     answering: AtomicUsize,
+    /// Why there are no probes.
+    probes_off: Option<String>,
+    tracing: Mutex<()>,
 }
 
 impl Server {
@@ -41,12 +46,14 @@ impl Server {
     /// # Errors
     ///
     /// If the socket cannot be made.
-    pub fn start(owner: &Arc<Owner>) -> Result<Arc<Self>, SysError> {
+    pub fn start(owner: &Arc<Owner>, probes_off: Option<String>) -> Result<Arc<Self>, SysError> {
         let socket = listen(&owner.folder().join(SOCKET))?;
         let server = Arc::new(Self {
             owner: owner.clone(),
             paused: Mutex::default(),
             answering: AtomicUsize::new(0),
+            probes_off,
+            tracing: Mutex::default(),
         });
         let accepting = server.clone();
         start_thread(move || accepting.accept(&socket))?;
@@ -106,6 +113,8 @@ impl Server {
             Ask::Pause { instance } => self.request(instance, Request::Pause),
             Ask::Resume { instance } => self.request(instance, Request::Resume),
             Ask::Stats { instance } => self.owner.stats(instance).map(Answer::Stats),
+            Ask::Probes { instance } => self.probes(instance),
+            Ask::Trace { instance, branch } => self.trace(instance, branch, connection),
         };
         vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
     }
@@ -138,6 +147,32 @@ impl Server {
         }
         let parts = listed.chunks(LISTED_AT_ONCE).map(|part| Answer::Instances(part.to_vec()));
         parts.chain([Answer::Done]).collect()
+    }
+
+    fn probes(&self, uuid: Uuid) -> Result<Answer, OwnerError> {
+        let pid = self.owner.with(uuid, |known| known.pid.cast_unsigned())?;
+        let counted = self.owner.probes(|probes| {
+            let mut all = probes.read()?;
+            Ok((all.remove(&pid).unwrap_or_default(), probes.lost()?))
+        });
+        let probed = match counted {
+            None => Probed { off: self.probes_off.clone(), ..Probed::default() },
+            Some(Ok((counted, lost))) => {
+                Probed { off: None, rows: ebpf_loader::rows(&counted), lost }
+            }
+            Some(Err::<_, ProbeError>(error)) => return Ok(Answer::Failed(sys::chain(&error))),
+        };
+        Ok(Answer::Probes(probed))
+    }
+
+    fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Result<Answer, OwnerError> {
+        if let Some(off) = &self.probes_off {
+            return Ok(Answer::Failed(format!("probes are off: {off}")));
+        }
+        let Ok(_alone) = self.tracing.try_lock() else {
+            return Ok(Answer::Failed("another trace of this tree is under way".to_owned()));
+        };
+        tracing::trace(&self.owner, uuid, branch, || hung_up(connection))
     }
 
     fn wait(&self, uuid: Uuid, connection: &OwnedFd) -> Result<Answer, OwnerError> {

@@ -4,7 +4,6 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
-use runtime::proto::Stats;
 use serde_json::json;
 
 use super::args::{BranchArgs, InstanceArgs, KillArgs, StopArgs};
@@ -101,38 +100,7 @@ fn simple(
     Ok(0)
 }
 
-pub fn stats(args: &InstanceArgs) -> Result<u8, CliError> {
-    let (line, instance) = alive(&args.instance)?;
-    let Answer::Stats(stats) = line.ask(&Ask::Stats { instance: instance.uuid })? else {
-        return Err(unexpected());
-    };
-    if args.json {
-        print_json(&json!({ "instance": instance.uuid, "stats": stats }))?;
-    } else {
-        print_lines(rows(&stats))?;
-    }
-    Ok(0)
-}
-
-fn rows(stats: &Stats) -> impl Iterator<Item = String> {
-    let ms = |ns: u64| format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000);
-    let rows = [
-        ("forks made", stats.forks.to_string()),
-        ("forks failed", stats.failed.to_string()),
-        ("standbys ready", stats.standbys.to_string()),
-        ("standbys in the making", stats.preparing.to_string()),
-        ("time to make the last one", ms(stats.prewarm_ns)),
-        ("sync rounds", stats.rounds.to_string()),
-        ("pages synced", stats.synced_pages.to_string()),
-        ("pages a fork would copy now", stats.pending_pages.to_string()),
-        ("CPU time", ms(stats.cpu_ns)),
-        ("CPU time of its zygote", ms(stats.zygote_cpu_ns)),
-        ("process of its zygote", stats.zygote_pid.to_string()),
-    ];
-    rows.into_iter().map(|(name, value)| format!("{name:28} {value}"))
-}
-
-fn alive(prefix: &Prefix) -> Result<(Line, Listed), CliError> {
+pub fn alive(prefix: &Prefix) -> Result<(Line, Listed), CliError> {
     let (line, instance) = client::find(prefix)?;
     check_alive(&instance)?;
     Ok((line, instance))
@@ -148,12 +116,12 @@ fn check_alive(instance: &Listed) -> Result<(), CliError> {
     }
 }
 
-fn unexpected() -> CliError {
+pub fn unexpected() -> CliError {
     CliError::internal("the answer does not fit the question; is another version running?")
 }
 
 /// Runs `work`; shows a line on the terminal if it takes long.
-fn with_progress<R>(text: &str, work: impl FnOnce() -> R) -> R {
+pub fn with_progress<R>(text: &str, work: impl FnOnce() -> R) -> R {
     std::thread::scope(|scope| {
         let (done, watched) = channel::<()>();
         scope.spawn(move || {

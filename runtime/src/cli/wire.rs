@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use ebpf_loader::{Lost, Role, Row};
+use runtime::fork::ForkReport;
 use runtime::proto::Stats;
 
 /// Name of the socket in the owner's folder.
@@ -33,6 +35,10 @@ pub enum Ask {
     Resume { instance: Uuid },
     /// Counters.
     Stats { instance: Uuid },
+    /// What the probes counted.
+    Probes { instance: Uuid },
+    /// The next fork with everything in it; `branch` makes it.
+    Trace { instance: Uuid, branch: bool },
 }
 
 /// From the owner.
@@ -47,12 +53,64 @@ pub enum Answer {
     Ended { code: i32, why: Option<String> },
     /// Counters.
     Stats(Stats),
+    /// What the probes counted.
+    Probes(Probed),
+    /// A fork.
+    Traced(Box<Traced>),
     /// So many were killed.
     Killed(usize),
     /// Done, or the end of a list.
     Done,
     /// Why it cannot be.
     Failed(String),
+}
+
+/// What the probes counted of an instance.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Probed {
+    /// Why there are none.
+    pub off: Option<String>,
+    /// The histograms.
+    pub rows: Vec<Row>,
+    /// What there was no room for, of all instances of this owner.
+    pub lost: Lost,
+}
+
+/// A fork with everything in it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Traced {
+    /// What the engine says of it.
+    pub report: ForkReport,
+    /// The parent's process.
+    pub parent_pid: u32,
+    /// What happened, in order.
+    pub events: Vec<TracedEvent>,
+    /// Events that were left out, as the message would have been too long.
+    pub left_out: usize,
+    /// What there was no room for.
+    pub lost: Lost,
+}
+
+/// One thing that happened.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct TracedEvent {
+    /// When it ended, in ns after the doorbell.
+    pub at_ns: i64,
+    /// How long it took, in ns.
+    pub took_ns: u64,
+    /// Its process.
+    pub pid: u32,
+    /// An `ebpf_loader::EventKind`.
+    pub kind: u8,
+    /// Who the process was.
+    #[serde(with = "ebpf_loader::names::role")]
+    pub role: Role,
+    /// The moment of the fork that was reached last, from 1; 0: none.
+    pub stage: u16,
+    /// See `ebpf_loader::EventKind`.
+    pub what: u64,
+    /// See `ebpf_loader::EventKind`.
+    pub detail: u64,
 }
 
 /// What an instance does.

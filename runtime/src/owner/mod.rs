@@ -20,6 +20,7 @@
 mod error;
 mod folder;
 mod listen;
+mod probes;
 mod root;
 mod state;
 
@@ -28,6 +29,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebpf_loader::{Level, ProbeError, Probes};
 use uuid::Uuid;
 
 pub use crate::program::play_part as instance_if_asked;
@@ -98,6 +100,20 @@ impl Owner {
         self.folder.path()
     }
 
+    /// Measures every instance that is started from now on, with what it forks.
+    ///
+    /// # Errors
+    ///
+    /// Why that cannot be. Everything else works.
+    pub fn probe(&self, level: Level) -> Result<(), ProbeError> {
+        self.shared.watch.load(level)
+    }
+
+    /// What `f` makes of the probes; `None` if there are none.
+    pub fn probes<R>(&self, f: impl FnOnce(&mut Probes) -> R) -> Option<R> {
+        self.shared.watch.lock().as_mut().map(f)
+    }
+
     /// Starts a root instance and returns when it runs.
     ///
     /// # Errors
@@ -108,6 +124,8 @@ impl Owner {
         let (ours, theirs) = sys::socket_pair()?;
         let root = Root::spawn(&theirs)?;
         let pid = root.pid();
+        // Before it forks anything: it waits for its configuration still.
+        self.shared.watch.track(pid);
         drop(theirs);
         self.roots().push(root);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };

@@ -9,6 +9,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use uuid::Uuid;
 
+use super::probes::Watch;
 use super::{OwnerError, listen};
 use crate::fork::ForkReport;
 use crate::proto::{Envelope, Event, Failure, Reply, Request};
@@ -34,6 +35,8 @@ pub struct Known {
     pub results: HashMap<(u32, u64), Vec<u64>>,
     /// Forks not yet taken.
     pub forks: VecDeque<ForkReport>,
+    /// The last one.
+    pub last_fork: Option<ForkReport>,
     /// Console output.
     pub console: Vec<u8>,
     /// Lines for the log.
@@ -97,6 +100,7 @@ pub(super) struct Shared {
     pub(super) settling: OwnedFd,
     listener: Listener,
     memory: Memory,
+    pub(super) watch: Watch,
 }
 
 /// What an owner keeps of the events that it hears.
@@ -126,7 +130,8 @@ impl Shared {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let settling = eventfd(0, flags).map_err(SysError::new("eventfd"))?;
         let state = Mutex::new(State { next: 1, ..State::default() });
-        Ok(Arc::new(Self { state, changed: Condvar::new(), epoll, settling, listener, memory }))
+        let (changed, watch) = (Condvar::new(), Watch::default());
+        Ok(Arc::new(Self { state, changed, epoll, settling, listener, memory, watch }))
     }
 
     /// Returns when everything is heard that was said before the call.
@@ -214,6 +219,9 @@ impl Shared {
 
     /// Takes in what came over connection `number`.
     pub(super) fn event(&self, number: u64, event: Event) {
+        if let Event::Hello { pid, .. } = &event {
+            self.watch.track(pid.cast_unsigned());
+        }
         let mut state = self.state();
         if let Some(uuid) = state.event(number, &event) {
             drop(state);
@@ -328,6 +336,7 @@ impl State {
                     called_ns: crate::sys::now_ns(),
                     results: HashMap::new(),
                     forks: VecDeque::new(),
+                    last_fork: None,
                     console: Vec::new(),
                     notes: Vec::new(),
                     armed_us: None,
@@ -348,6 +357,9 @@ impl State {
 
 impl Known {
     fn keep(&mut self, event: Event, memory: Memory) {
+        if let Event::Forked(report) = &event {
+            self.last_fork = Some((**report).clone());
+        }
         match event {
             Event::Hello { .. } => {}
             Event::Forked(_) | Event::Done { .. } | Event::Console { .. } | Event::Note { .. }

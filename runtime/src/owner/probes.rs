@@ -1,0 +1,61 @@
+//! Probes of an owner: which processes are its.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ebpf_loader::{Level, ProbeError, Probes};
+
+use crate::beacon;
+
+/// The probes of an owner, if it has any.
+#[derive(Debug, Default)]
+pub(super) struct Watch(Mutex<Option<Probes>>);
+
+impl Watch {
+    /// Loads them.
+    pub(super) fn load(&self, level: Level) -> Result<(), ProbeError> {
+        *self.lock() = Some(Probes::load(level)?);
+        Ok(())
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Option<Probes>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Measures a process of this program, and what it forks from now on.
+    pub(super) fn track(&self, pid: u32) {
+        if let Some(probes) = &mut *self.lock()
+            && !probes.knows(pid)
+        {
+            // Without room it is not measured, which the losses tell.
+            probes.track(pid, beacon_of(pid).unwrap_or(0)).unwrap_or(());
+        }
+    }
+}
+
+/// Where another process of this program has its beacon: as far from where the program is mapped as
+/// in this process.
+fn beacon_of(pid: u32) -> Option<u64> {
+    let own = base(Path::new("/proc/self"))?;
+    let other = base(Path::new(&format!("/proc/{pid}")))?;
+    Some(beacon::address().wrapping_sub(own).wrapping_add(other))
+}
+
+/// Where a process has its program mapped.
+fn base(process: &Path) -> Option<u64> {
+    let program = fs::read_link(process.join("exe")).ok()?;
+    let maps = fs::read_to_string(process.join("maps")).ok()?;
+    let line = maps.lines().find(|line| line.ends_with(&*program.to_string_lossy()))?;
+    u64::from_str_radix(line.split_once('-')?.0, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_beacon_of_this_process_is_found_from_outside() {
+        assert_eq!(beacon_of(std::process::id()), Some(beacon::address()));
+    }
+}
