@@ -16,6 +16,7 @@ mod leaks;
 mod limits;
 mod owner;
 mod pressure;
+mod probes;
 mod random;
 mod state;
 mod vcpus;
@@ -26,6 +27,7 @@ const THREADS: usize = 2;
 
 fn main() {
     runtime::owner::instance_if_asked();
+    probes::load_and_wait_if_asked();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
     let missing = host::without_kvm();
@@ -43,6 +45,7 @@ fn main() {
         idle::cases(),
         leaks::cases(),
         owner::cases(),
+        probes::cases(),
     ];
     let cases = areas.into_iter().flatten();
     let trials = cases.map(|case| case.needs(missing.clone()).into_trial("direct")).collect();

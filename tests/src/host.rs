@@ -35,6 +35,13 @@ pub fn without_triple_fault_event() -> Option<String> {
     lacks.then(|| "this KVM has no KVM_CAP_X86_TRIPLE_FAULT_EVENT (Linux 6.1)".into())
 }
 
+/// Why there can be no probes, if there can be none.
+#[must_use]
+pub fn without_probes() -> Option<String> {
+    let probes = ebpf_loader::Probes::load(ebpf_loader::Level::On);
+    probes.err().map(|error| runtime::sys::chain(&error))
+}
+
 /// Whether soak tests run in full (`UKP_SOAK=1`).
 #[must_use]
 pub fn soak() -> bool {

@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use ebpf_loader::Level;
 use guest_abi::entry::{PARAM, ram_page};
 use guest_abi::param::RESULTS;
 use runtime::fork::Step;
@@ -58,7 +59,22 @@ impl Rig {
     /// Why not.
     pub fn with_limit(config: InstanceConfig, limit: Duration) -> Result<Self> {
         let standbys = config.standbys;
-        let rig = Self::filled(config, limit)?;
+        let rig = Self::filled(Owner::new()?, config, limit)?;
+        rig.owner.ask(rig.root, Request::Arm).context("arming")?;
+        rig.standbys(standbys)?;
+        Ok(rig)
+    }
+
+    /// The same with probes, which see it from the beginning.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn probed(config: InstanceConfig, level: Level) -> Result<Self> {
+        let standbys = config.standbys;
+        let owner = Owner::new()?;
+        owner.probe(level)?;
+        let rig = Self::filled(owner, config, LIMIT)?;
         rig.owner.ask(rig.root, Request::Arm).context("arming")?;
         rig.standbys(standbys)?;
         Ok(rig)
@@ -70,11 +86,10 @@ impl Rig {
     ///
     /// Why not.
     pub fn unarmed(config: InstanceConfig) -> Result<Self> {
-        Self::filled(config, LIMIT)
+        Self::filled(Owner::new()?, config, LIMIT)
     }
 
-    fn filled(config: InstanceConfig, limit: Duration) -> Result<Self> {
-        let owner = Owner::new()?;
+    fn filled(owner: Owner, config: InstanceConfig, limit: Duration) -> Result<Self> {
         let root = owner.start(config)?;
         let group = Group::new(owner.with(root, |known| known.pid)?, limit);
         let mut rig = Self { owner, root, work_start: 0, work_pages: 0, tsc_khz: 0, group };

@@ -1,0 +1,263 @@
+//! What the probes count, against a second source.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use ebpf_loader::{Counted, EventKind, Level, Lost, Metric, Probes, Role};
+use runtime::fork::{ForkReport, Moment};
+use runtime::memory::BackingKind;
+use runtime::proto::InstanceConfig;
+use tests::case::Case;
+use tests::program::{dirty, fork};
+use tests::rig::{PATIENCE, Rig};
+use tests::{census, host};
+use uuid::Uuid;
+
+/// Makes this program load probes and say so, and wait.
+pub const LOAD_AND_WAIT: &str = "UKP_TEST_LOAD_PROBES";
+
+pub fn cases() -> Vec<Case> {
+    let missing = host::without_probes();
+    let mut cases = vec![
+        Case::new("probes::faults_of_a_process_are_those_of_getrusage", getrusage),
+        Case::new("probes::a_child_s_faults_are_those_that_the_engine_saw", of_a_child),
+        Case::new("probes::stages_are_where_the_engine_stamps_them", stages),
+        Case::new("probes::events_that_found_no_room_are_counted", overrun),
+        Case::new("probes::nothing_is_left_of_a_loader_that_was_killed", killed).alone(),
+    ];
+    let backings = [
+        ("4k", BackingKind::Small, None),
+        ("thp", BackingKind::Thp, host::without_thp()),
+        ("hugetlb", BackingKind::Hugetlb, host::without_huge_pages()),
+    ];
+    cases.extend(backings.map(|(name, backing, missing)| {
+        let name = format!("probes::pages_that_a_guest_writes_first_are_faults_{name}");
+        Case::new(name, move || touches(backing)).needs(missing)
+    }));
+    cases.into_iter().map(|case| case.needs(missing.clone())).collect()
+}
+
+fn rig(config: InstanceConfig) -> Result<Rig> {
+    Rig::probed(config, Level::All)
+}
+
+fn small() -> InstanceConfig {
+    InstanceConfig { memory_mib: 32, ..<_>::default() }
+}
+
+/// What was counted of an instance so far.
+fn counted(rig: &Rig, uuid: Uuid) -> Result<Counted> {
+    let pid = u32::try_from(rig.pid(uuid)?)?;
+    let all = rig.owner.probes(Probes::read).context("no probes")??;
+    all.get(&pid).cloned().context("nothing was counted of it")
+}
+
+fn lost(rig: &Rig) -> Result<Lost> {
+    Ok(rig.owner.probes(Probes::lost).context("no probes")??)
+}
+
+/// How often, of those roles (all, if there is none).
+fn count(counted: &Counted, roles: &[Role], metrics: &[Metric]) -> u64 {
+    let wanted = |(role, metric): &(Role, Metric)| {
+        (roles.is_empty() || roles.contains(role)) && metrics.contains(metric)
+    };
+    counted.iter().filter(|(key, _)| wanted(key)).map(|(_, histogram)| histogram.count()).sum()
+}
+
+const OWN: [Metric; 6] = [
+    Metric::GuestCow,
+    Metric::GuestMinor,
+    Metric::GuestMajor,
+    Metric::OwnCow,
+    Metric::OwnMinor,
+    Metric::OwnMajor,
+];
+
+/// Page faults of a process, as the kernel counts them in `/proc`: minor and major.
+fn faults_of(pid: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(')').context("a stat without a name")?.1;
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    let field = |at: usize| fields.get(at).and_then(|text| text.parse::<u64>().ok());
+    Ok(field(7).zip(field(9)).map(|(minor, major)| minor + major).context("a short stat")?)
+}
+
+/// Of this process, which touches memory it never had.
+fn getrusage() -> Result<()> {
+    const PAGES: usize = 20_000;
+    let mut probes = Probes::load(Level::On)?;
+    let pid = std::process::id();
+    probes.track(pid, 0)?;
+    let read = |probes: &mut Probes| -> Result<u64> {
+        let all = probes.read()?;
+        Ok(all.get(&pid).map_or(0, |all| count(all, &[], &OWN)))
+    };
+    let (was, counted_before) = (faults_of(pid)?, read(&mut probes)?);
+    let mut memory = vec![0_u8; PAGES * 4096];
+    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    std::hint::black_box(&memory);
+    let (counted, kernel) = (read(&mut probes)? - counted_before, faults_of(pid)? - was);
+    ensure!(counted >= PAGES as u64, "{counted} faults for {PAGES} pages");
+    // Other tests run in this process, and reading takes a few faults.
+    ensure!(counted.abs_diff(kernel) <= 64 + kernel / 100, "{counted} counted, {kernel} in /proc");
+    ensure!(!probes.lost()?.any(), "{:?}", probes.lost()?);
+    Ok(())
+}
+
+/// Pages that the child's guest writes first are faults that KVM resolves, one each with pages of
+/// 4 KiB, and at least one for each huge page.
+fn touches(backing: BackingKind) -> Result<()> {
+    const PAGES: u64 = 1500;
+    let _setting = match backing {
+        BackingKind::Small => None,
+        BackingKind::Thp => Some(host::shmem_thp()?),
+        BackingKind::Hugetlb => Some(host::huge_pages(160)?),
+    };
+    let rig = rig(InstanceConfig { backing, ..small() })?;
+    let child = rig.branch(rig.root, 1)?[0];
+    rig.run(child, &[dirty(1, 6, 6)])?;
+    let before = counted(&rig, child)?;
+    rig.run(child, &[dirty(PAGES, 7, 7)])?;
+    let after = counted(&rig, child)?;
+    let of = |all: &Counted| count(all, &[], &[Metric::KvmFault]);
+    let faults = of(&after) - of(&before);
+    let least = match backing {
+        BackingKind::Small | BackingKind::Thp => PAGES,
+        // All of them are written to.
+        BackingKind::Hugetlb => 12,
+    };
+    ensure!((least..=PAGES + 200).contains(&faults), "{faults} faults for {PAGES} pages");
+    ensure!(!lost(&rig)?.any(), "{:?}", lost(&rig)?);
+    Ok(())
+}
+
+/// Between its wake-up and its first exit.
+fn of_a_child() -> Result<()> {
+    let rig = rig(small())?;
+    let mut same = 0;
+    for round in 0..10_u64 {
+        let seq = rig.begin(rig.root, 0, &[dirty(40, round, round), fork(1, 10)])?;
+        rig.results(rig.root, 0, seq)?;
+        let report = rig.owner.next_fork(rig.root, PATIENCE)?;
+        let child = &report.children[0];
+        rig.owner.wait_for(child.uuid, PATIENCE)?;
+        let all = counted(&rig, child.uuid)?;
+        let process = count(&all, &[Role::Child], &OWN);
+        let guest = count(&all, &[Role::Child], &[Metric::KvmFault]);
+        let engine = u64::from(child.faults);
+        // The engine looks before the standby sleeps: another thread may fault meanwhile.
+        ensure!(process <= engine, "{process} of the process and {guest} of the guest, {engine}");
+        same += u64::from(process == engine);
+        ensure!(count(&all, &[Role::Standby], &OWN) > 0, "{all:?}");
+        rig.kill(child.uuid)?;
+        rig.standbys(1)?;
+    }
+    ensure!(same >= 7, "the same number in {same} of 10 forks only");
+    Ok(())
+}
+
+/// Moments of a report in ns after the doorbell, of the parent and of its first child.
+fn moments(report: &ForkReport) -> Vec<(Moment, u64)> {
+    let (parent, child) = (&report.parent, &report.children[0]);
+    vec![
+        (Moment::Woken, parent.woken),
+        (Moment::Quiesced, parent.quiesced),
+        (Moment::Settled, parent.settled),
+        (Moment::Pages, parent.pages),
+        (Moment::Released, parent.released),
+        (Moment::Resumed, parent.resumed),
+        (Moment::Awake, child.awake),
+        (Moment::Applied, child.applied),
+        (Moment::Restored, child.restored),
+        (Moment::Entered, child.entered),
+        (Moment::Exited, child.exited),
+    ]
+}
+
+/// A mark comes after its stamp, by as long as the kernel takes to hear of it.
+fn stages() -> Result<()> {
+    let rig = rig(small())?;
+    let mut late: Vec<u64> = Vec::new();
+    for _ in 0..20 {
+        rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
+        let child = rig.branch(rig.root, 1)?[0];
+        let report = rig.owner.next_fork(rig.root, PATIENCE)?;
+        let events = rig.owner.probes(Probes::events).context("no probes")?;
+        let pids = [u32::try_from(rig.pid(rig.root)?)?, u32::try_from(rig.pid(child)?)?];
+        for (moment, at) in moments(&report) {
+            let marks = events.iter().filter(|event| {
+                event.kind == EventKind::Stage as u8
+                    && event.what == moment as u64 + 1
+                    && pids.contains(&event.pid)
+            });
+            let Some(mark) = marks.last() else { bail!("no mark of {moment:?}") };
+            let mark = mark.ns.checked_sub(report.parent.doorbell_ns + at);
+            late.push(mark.with_context(|| format!("{moment:?} was marked before it was"))?);
+        }
+        rig.kill(child)?;
+        rig.standbys(1)?;
+    }
+    late.sort_unstable();
+    let median = late[late.len() / 2];
+    // Alike for all, it is no part of a stage, which lies between two marks.
+    let close = late.iter().filter(|late| late.abs_diff(median) <= 1000).count();
+    ensure!(close * 10 >= late.len() * 9, "marks are late by {late:?} ns");
+    Ok(())
+}
+
+/// Nobody fetches the events of a child that faults more often than there is room for.
+fn overrun() -> Result<()> {
+    let rig = rig(InstanceConfig { memory_mib: 160, ..small() })?;
+    rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
+    let child = rig.branch(rig.root, 1)?[0];
+    rig.run(child, &[dirty(30_000, 9, 9)])?;
+    let fetched = rig.owner.probes(Probes::events).context("no probes")?.len();
+    let lost = lost(&rig)?;
+    ensure!(fetched > 10_000 && lost.events > 5_000, "{fetched} events, {lost:?}");
+    ensure!(lost == Lost { events: lost.events, ..Lost::default() }, "{lost:?}");
+    Ok(())
+}
+
+/// The part of [`killed`] that is killed.
+pub fn load_and_wait_if_asked() {
+    if std::env::var_os(LOAD_AND_WAIT).is_some() {
+        let probes = Probes::load(Level::All);
+        println!("{}", probes.as_ref().map_or(0, |probes| probes.attached().len()));
+        std::thread::sleep(Duration::from_mins(1));
+        std::process::exit(0);
+    }
+}
+
+/// Programs of ours in the kernel.
+fn programs() -> usize {
+    let names = ["fault_user", "process_fork", "sched_switch", "sys_enter"];
+    let all = aya::programs::loaded_programs().flatten();
+    all.filter(|program| program.name_as_str().is_some_and(|name| names.contains(&name))).count()
+}
+
+fn killed() -> Result<()> {
+    // Those of the tests before are freed some time after their descriptors.
+    let mut before = programs();
+    let settled = census::eventually(Duration::from_secs(5), || {
+        std::thread::sleep(Duration::from_millis(200));
+        std::mem::replace(&mut before, programs()) == before
+    });
+    ensure!(settled, "programs come and go");
+    let mut loader = Command::new(std::env::current_exe()?)
+        .env(LOAD_AND_WAIT, "1")
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(loader.stdout.take().context("no pipe")?).read_line(&mut line)?;
+    let loaded = programs();
+    loader.kill()?;
+    loader.wait()?;
+    ensure!(line.trim().parse::<usize>()? >= 6, "{line} parts were attached");
+    ensure!(loaded >= before + 4, "{loaded} programs, {before} before");
+    let gone = census::eventually(Duration::from_secs(5), || programs() == before);
+    ensure!(gone, "{} programs are left, {before} were there before", programs());
+    Ok(())
+}
