@@ -21,6 +21,7 @@ mod error;
 mod forks;
 mod host;
 mod model;
+mod probes;
 mod process;
 mod program;
 mod rig;
@@ -112,6 +113,7 @@ fn measure(
         Kind::Children => children::children(&mut bench)?,
         Kind::Tax => tax::tax(&mut bench)?,
         Kind::Upkeep => upkeep::upkeep(&mut bench)?,
+        Kind::Probes => probes::probes(&mut bench)?,
     }
     bench.finish()
 }

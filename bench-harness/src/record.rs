@@ -40,6 +40,12 @@ impl Sample {
         Self { failure: Some(why.into()), ..Self::default() }
     }
 
+    /// The value of a metric.
+    #[must_use]
+    pub fn value(&self, metric: &str) -> Option<f64> {
+        self.values.iter().find(|(name, _)| name == metric).map(|(_, value)| *value)
+    }
+
     /// Whether it failed.
     #[must_use]
     pub fn is_failure(&self) -> bool {

@@ -81,6 +81,9 @@ pub enum Kind {
     Tax,
     /// The steps off the path: arm, prewarm, teardown, an idle instance; `forks` rounds.
     Upkeep,
+    /// `forks` forks without probes in the kernel, with those that are on by default, and with all,
+    /// in turn; parent and child work over `work_mib` after each.
+    Probes,
 }
 
 /// What the pages of the image are.
@@ -181,7 +184,7 @@ pub struct Scenario {
     /// Open loop: time between the intended starts of two forks, in µs (0: closed loop).
     #[serde(default)]
     pub interval_us: u32,
-    /// Memory that the work of a `tax` scenario goes over, in MiB (0).
+    /// Memory that the work of a `tax` or `probes` scenario goes over, in MiB (0).
     #[serde(default)]
     pub work_mib: u32,
     /// Pages whose checksum each child verifies besides its dirty ones (64).

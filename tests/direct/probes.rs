@@ -41,7 +41,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn rig(config: InstanceConfig) -> Result<Rig> {
-    Rig::probed(config, Level::All)
+    Rig::probed(config, Level::Calls)
 }
 
 fn small() -> InstanceConfig {
@@ -82,7 +82,7 @@ fn faults_of(pid: u32) -> Result<u64> {
     let fields = stat.rsplit_once(')').context("a stat without a name")?.1;
     let fields: Vec<&str> = fields.split_whitespace().collect();
     let field = |at: usize| fields.get(at).and_then(|text| text.parse::<u64>().ok());
-    Ok(field(7).zip(field(9)).map(|(minor, major)| minor + major).context("a short stat")?)
+    field(7).zip(field(9)).map(|(minor, major)| minor + major).context("a short stat")
 }
 
 /// Of this process, which touches memory it never had.
@@ -188,12 +188,12 @@ fn stages() -> Result<()> {
         let events = rig.owner.probes(Probes::events).context("no probes")?;
         let pids = [u32::try_from(rig.pid(rig.root)?)?, u32::try_from(rig.pid(child)?)?];
         for (moment, at) in moments(&report) {
-            let marks = events.iter().filter(|event| {
+            let mut marks = events.iter().filter(|event| {
                 event.kind == EventKind::Stage as u8
                     && event.what == moment as u64 + 1
                     && pids.contains(&event.pid)
             });
-            let Some(mark) = marks.last() else { bail!("no mark of {moment:?}") };
+            let Some(mark) = marks.next_back() else { bail!("no mark of {moment:?}") };
             let mark = mark.ns.checked_sub(report.parent.doorbell_ns + at);
             late.push(mark.with_context(|| format!("{moment:?} was marked before it was"))?);
         }
@@ -224,7 +224,7 @@ fn overrun() -> Result<()> {
 /// The part of [`killed`] that is killed.
 pub fn load_and_wait_if_asked() {
     if std::env::var_os(LOAD_AND_WAIT).is_some() {
-        let probes = Probes::load(Level::All);
+        let probes = Probes::load(Level::Calls);
         println!("{}", probes.as_ref().map_or(0, |probes| probes.attached().len()));
         std::thread::sleep(Duration::from_mins(1));
         std::process::exit(0);

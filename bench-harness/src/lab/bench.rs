@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::Instant;
 
+use ebpf_loader::Level;
 use guest_abi::param::who;
 use runtime::memory::BackingKind;
 use runtime::proto::InstanceConfig;
@@ -16,7 +17,7 @@ use super::rig::{Outcome, Rig, SEED};
 use super::sample::{failed, sample, us};
 use super::verify::verify;
 use crate::record::Sample;
-use crate::scenario::{DirtyMode, Scenario};
+use crate::scenario::{DirtyMode, Kind, Scenario};
 use crate::session::{LabError, Progress, ScenarioRun};
 
 /// How long pages are dirtied at a rate before each fork: long enough for sync rounds to have found
@@ -87,6 +88,9 @@ impl<'a> Bench<'a> {
             ..InstanceConfig::default()
         };
         let mut rig = Rig::new()?;
+        if scenario.kind == Kind::Probes {
+            rig.probe(Level::Calls)?;
+        }
         let guest = rig.start(config.clone())?;
         // The first line that an instance says is that it fell back to another backing.
         if let Some(note) = rig.notes(guest.uuid).into_iter().next()
@@ -165,7 +169,7 @@ impl<'a> Bench<'a> {
             Outcome::Failed { step, errno, parent } => {
                 // The pages were dirtied all the same.
                 self.remember(plan, &parent);
-                if let Some(work) = plan.work.filter(|work| work.who == who::PARENT) {
+                if let Some(work) = plan.work.filter(|work| work.who != who::CHILD) {
                     self.model.work(0..work.pages, work.passes);
                 }
                 return Ok(Round {
@@ -179,7 +183,7 @@ impl<'a> Bench<'a> {
             }
         };
         self.remember(plan, &parent);
-        let works = |role| plan.work.filter(|work| work.who == role);
+        let works = |role| plan.work.filter(|work| work.who == role || work.who == who::ALL);
         let with_work = works(who::CHILD).map(|work| {
             let mut child = self.model.clone();
             child.work(0..work.pages, work.passes);

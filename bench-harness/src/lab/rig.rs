@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use ebpf_loader::{Level, Probes};
 use guest_abi::entry::param_page;
 use guest_abi::param::{Header, op, who};
 use runtime::fork::{FAULT_DELAY, ForkReport, Step};
@@ -71,6 +72,17 @@ impl Rig {
             return Err(Trouble::Guest { words: words.len(), needed: steps.len() });
         };
         Ok(Guest { uuid, work_start, work_pages, tsc_khz })
+    }
+
+    /// Measures what is started from now on.
+    pub(super) fn probe(&self, level: Level) -> Result<(), LabError> {
+        let unavailable = |error| LabError::Unavailable { reason: runtime::sys::chain(&error) };
+        self.owner().probe(level).map_err(unavailable)
+    }
+
+    /// What `f` makes of the probes.
+    pub(super) fn probes<R>(&self, f: impl FnOnce(&mut Probes) -> R) -> Option<R> {
+        self.owner().probes(f)
     }
 
     /// Process of an instance.

@@ -112,6 +112,7 @@ pub(super) fn verdicts(scenarios: &[ScenarioSummary]) -> Vec<FigureVerdict> {
     flatness(&mut table);
     dirty_pages(&mut table);
     crowd(&mut table);
+    probes(&mut table);
     table.rows
 }
 
@@ -172,6 +173,31 @@ fn dirty_pages(table: &mut Table<'_>) {
     table.at_most("pages left at the fork, p50", "busy", Some(50.0), Some(20.0), pages);
     let tax = table.runs.value("busy", "forkable_tax_ratio");
     table.at_most("guest time lost to being forkable (share)", "busy", None, Some(0.03), tax);
+}
+
+fn probes(table: &mut Table<'_>) {
+    let name = "probes";
+    let cost = |level| table.runs.value(name, level);
+    let (on, all) = (cost("probes_on_cost_ratio"), cost("probes_all_cost_ratio"));
+    let of = |metric| table.runs.metric(name, metric).map(|summary| summary.p50.0);
+    let faults = of("child_process_faults");
+    let young = of("young_process_faults");
+    table.at_most(
+        "what probes that are on add to branch (share)",
+        name,
+        Some(0.03),
+        Some(0.01),
+        on,
+    );
+    table.at_most("what all probes add to branch (share)", name, Some(0.03), None, all);
+    table.at_most(
+        "page faults of a child before its first exit, p50",
+        name,
+        Some(0.0),
+        None,
+        faults,
+    );
+    table.at_most("page faults in its first millisecond, p50", name, Some(10.0), None, young);
 }
 
 fn crowd(table: &mut Table<'_>) {

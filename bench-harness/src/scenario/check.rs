@@ -105,7 +105,9 @@ fn check_kind(scenario: &Scenario) -> Result<(), ScenarioError> {
     only("depth", Kind::Depth, scenario.depth > 1, "must be 2 or more")?;
     only("keep_children", Kind::Children, scenario.keep_children > 0, "must be 1 or more")?;
     only("children_per_fork", Kind::Fanout, scenario.children_per_fork > 1, "must be 2 or more")?;
-    only("work_mib", Kind::Tax, scenario.work_mib > 0, "must be 1 or more")?;
+    if scenario.kind != Kind::Probes {
+        only("work_mib", Kind::Tax, scenario.work_mib > 0, "must be 1 or more")?;
+    }
     if scenario.cycles > 1 && scenario.kind != Kind::Children {
         return Err(invalid(scenario, "cycles", "is only for kind children"));
     }

@@ -3,7 +3,7 @@ use super::*;
 const NAMES: &str = "quiet quiet-announced quiet-open dirty-10 dirty-100 dirty-1000 dirty-10000 \
     hot-1000 busy memory-128m memory-1g memory-4g memory-8g vcpus-2 vcpus-4 backing-4k \
     backing-thp backing-hugetlb depth-64 repeat-1000 children-100 children-1000 fanout-10 \
-    fanout-100 tax-1m tax-16m tax-128m upkeep";
+    fanout-100 tax-1m tax-16m tax-128m upkeep probes";
 
 fn parse(fields: &str) -> Result<Catalogue, ScenarioError> {
     let text = format!("[[scenario]]\nname = \"x\"\nabout = \"\"\nforks = 10\n{fields}");

@@ -39,11 +39,14 @@ impl How {
 /// A program and how it is attached.
 pub(crate) type Program = (&'static str, How);
 
+/// Programs that measure something together.
+pub(crate) type Way = &'static [Program];
+
 /// Something that is measured: the ways to do it, the best one first. A way needs all its programs.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) what: &'static str,
-    pub(crate) ways: &'static [&'static [Program]],
+    pub(crate) ways: &'static [Way],
     /// Without it the others are of no use.
     pub(crate) required: bool,
     pub(crate) level: Level,
@@ -91,7 +94,7 @@ pub(crate) const PARTS: [Part; 8] = [
         what: "exits",
         ways: &[&[("kvm_userspace_exit", Raw("kvm_userspace_exit"))]],
         required: false,
-        level: Level::On,
+        level: Level::All,
     },
     Part {
         what: "faults of the guest",
@@ -105,7 +108,7 @@ pub(crate) const PARTS: [Part; 8] = [
             &[("kvm_page_fault", Raw("kvm_page_fault")), ("kvm_entry", Raw("kvm_entry"))],
         ],
         required: false,
-        level: Level::On,
+        level: Level::All,
     },
     Part {
         what: "time off CPU",
@@ -123,19 +126,27 @@ pub(crate) const PARTS: [Part; 8] = [
             &[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))],
         ],
         required: false,
-        level: Level::All,
+        level: Level::Calls,
     },
     Part {
         what: "stages of a fork",
         ways: &[&[("stage", Stage)]],
         required: false,
-        level: Level::All,
+        level: Level::Calls,
     },
 ];
 
 /// Loads and attaches a part the best way that this kernel allows. `None`: no way.
-pub(crate) fn attach(ebpf: &mut Ebpf, part: &Part, refused: &mut Vec<Refused>) -> Option<Attached> {
+pub(crate) fn attach(
+    ebpf: &mut Ebpf,
+    part: &Part,
+    refused: &mut Vec<Refused>,
+) -> Option<(Attached, Way)> {
     for way in part.ways {
+        // What was refused once need not be tried again.
+        if way.iter().any(|(name, _)| refused.iter().any(|refused| refused.program == *name)) {
+            continue;
+        }
         let mut done: Vec<&'static str> = Vec::new();
         let failed = way.iter().find_map(|(name, how)| match one(ebpf, name, *how) {
             Ok(()) => {
@@ -146,7 +157,7 @@ pub(crate) fn attach(ebpf: &mut Ebpf, part: &Part, refused: &mut Vec<Refused>) -
         });
         let Some(failed) = failed else {
             let how = way.first().map_or("nothing", |(_, how)| how.name());
-            return Some(Attached { what: part.what, how });
+            return Some((Attached { what: part.what, how, level: part.level }, way));
         };
         refused.push(failed);
         for name in done {
@@ -154,6 +165,13 @@ pub(crate) fn attach(ebpf: &mut Ebpf, part: &Part, refused: &mut Vec<Refused>) -
         }
     }
     None
+}
+
+/// Takes programs off again.
+pub(crate) fn detach(ebpf: &mut Ebpf, way: Way) {
+    for (name, _) in way {
+        unload(ebpf, name);
+    }
 }
 
 /// Loads and attaches one program.

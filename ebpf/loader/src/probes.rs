@@ -7,7 +7,7 @@ use aya::{Ebpf, EbpfLoader};
 use ebpf_common::{Cell, CellKey, Metric, Role, Tracked, lost};
 use serde::{Deserialize, Serialize};
 
-use crate::attach::{self, FAULTS_END, PARTS};
+use crate::attach::{self, FAULTS_END, PARTS, Way};
 use crate::error::ProbeError;
 use crate::histogram::Histogram;
 use crate::host;
@@ -23,8 +23,10 @@ pub enum Level {
     /// What costs next to nothing.
     #[default]
     On,
-    /// Calls to KVM and the stages of forks, too.
+    /// Exits of guests and their faults, too.
     All,
+    /// Calls to KVM and the stages of forks, too: for looking at single forks.
+    Calls,
 }
 
 /// Something that is measured, and how.
@@ -34,6 +36,8 @@ pub struct Attached {
     pub what: &'static str,
     /// `raw_tp`, `fexit`, `kprobe`, `perf_event`, `usdt`.
     pub how: &'static str,
+    /// From which level on.
+    pub level: Level,
 }
 
 /// A program that the kernel would not have.
@@ -99,7 +103,10 @@ pub fn rows(counted: &Counted) -> Vec<Row> {
 #[derive(Debug)]
 pub struct Probes {
     ebpf: Ebpf,
-    attached: Vec<Attached>,
+    attached: Vec<(Attached, Way)>,
+    /// Whether page faults are timed.
+    faults_end: bool,
+    level: Level,
     refused: Vec<Refused>,
     ended: Counted,
     trace: Option<Trace>,
@@ -127,7 +134,7 @@ impl Probes {
         host::check()?;
         let offsets = Offsets::of_this_kernel()?;
         let probes = Self::load_with(object, offsets, level, true)?;
-        if probes.attached.iter().any(|attached| attached.what == FAULTS_END) {
+        if level == Level::Off || probes.attached().iter().any(|one| one.what == FAULTS_END) {
             return Ok(probes);
         }
         // Then they are counted when they begin.
@@ -148,16 +155,43 @@ impl Probes {
             .override_global("FAULTS_END", &u32::from(faults_end), true)
             .load(object)
             .map_err(|error| ProbeError::Load(Box::new(error)))?;
-        let (attached, refused) = (Vec::new(), Vec::new());
-        let mut probes = Self { ebpf, attached, refused, ended: Counted::new(), trace: None };
+        let mut probes = Self {
+            ebpf,
+            attached: Vec::new(),
+            faults_end,
+            level: Level::Off,
+            refused: Vec::new(),
+            ended: Counted::new(),
+            trace: None,
+        };
+        probes.set_level(level)?;
+        Ok(probes)
+    }
+
+    /// Attaches what belongs to `level` and is not, and takes off what does not belong to it. What
+    /// is forked by a process that is measured while nothing is attached is not measured later.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel will not have what the rest is useless without.
+    pub fn set_level(&mut self, level: Level) -> Result<(), ProbeError> {
+        let (stay, go): (Vec<_>, Vec<_>) = std::mem::take(&mut self.attached)
+            .into_iter()
+            .partition(|(attached, _)| attached.level <= level);
+        for (_, way) in go {
+            attach::detach(&mut self.ebpf, way);
+        }
+        self.attached = stay;
+        self.level = level;
         for part in PARTS.iter().filter(|part| part.level <= level) {
-            if part.what == FAULTS_END && !faults_end {
+            let there = self.attached.iter().any(|(attached, _)| attached.what == part.what);
+            if there || part.what == FAULTS_END && !self.faults_end {
                 continue;
             }
-            match attach::attach(&mut probes.ebpf, part, &mut probes.refused) {
-                Some(attached) => probes.attached.push(attached),
+            match attach::attach(&mut self.ebpf, part, &mut self.refused) {
+                Some(attached) => self.attached.push(attached),
                 None if part.required => {
-                    let last = probes.refused.pop();
+                    let last = self.refused.pop();
                     return Err(last.map_or(ProbeError::NotBuilt(part.what), |last| {
                         ProbeError::Refused { program: last.program, reason: last.reason }
                     }));
@@ -165,13 +199,19 @@ impl Probes {
                 None => {}
             }
         }
-        Ok(probes)
+        Ok(())
+    }
+
+    /// How much is measured.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.level
     }
 
     /// What is measured, and how.
     #[must_use]
-    pub fn attached(&self) -> &[Attached] {
-        &self.attached
+    pub fn attached(&self) -> Vec<Attached> {
+        self.attached.iter().map(|(attached, _)| *attached).collect()
     }
 
     /// Programs that this kernel would not have. Something else may do what they were for.
@@ -323,7 +363,8 @@ fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
 
 fn add(counted: &mut Counted, key: CellKey, cell: Cell) {
     let names = (Role::from_number(key.role), Metric::from_number(key.metric));
-    if let (Some(role), Some(metric)) = names {
+    // One may be there before anything falls into it.
+    if let (Some(role), Some(metric), 1..) = (names.0, names.1, cell.count) {
         counted.entry((role, metric)).or_default().add(key.bucket, cell);
     }
 }

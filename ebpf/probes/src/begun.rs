@@ -47,6 +47,16 @@ pub fn end(kind: Kind, tid: u32) -> Option<(Begun, u64)> {
     Some((begun, now() - begun.ns))
 }
 
+/// There is a new thread of ours.
+#[inline(always)]
+pub fn expect(tid: u32) {
+    let nothing = Begun { ns: 0, what: 0, code: 0 };
+    for kind in [Kind::Fault, Kind::Kvm, Kind::Wake] {
+        // Without room it is tried again when something begins, and lost then.
+        BEGUN.insert(&key(kind, tid), &nothing, 0).unwrap_or(());
+    }
+}
+
 /// A thread has ended.
 #[inline(always)]
 pub fn forget(tid: u32) {

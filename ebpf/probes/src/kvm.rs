@@ -7,6 +7,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Metric};
 
 use crate::begun::{self, Kind};
+use crate::process::INTERRUPTED;
 use crate::record::{count, current, event, ids, is_ours, send, took};
 
 #[raw_tracepoint(tracepoint = "kvm_userspace_exit")]
@@ -15,8 +16,8 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
         let reason: u32 = ctx.arg(0);
         let errno: i32 = ctx.arg(1);
         // Interrupted before it had a reason.
-        let reason = if errno < 0 { 0xff } else { reason & 0xff };
-        count(current.pid, current.role, Metric::Exits, reason as u16, 0);
+        let reason = if errno < 0 { INTERRUPTED } else { reason as u16 & 0xff };
+        count(current.pid, current.role, Metric::Exits, reason, 0);
         send(&current, 0, event(EventKind::Exit, reason.into(), 0));
     }
     0

@@ -8,14 +8,14 @@ use ebpf_common::{Begun, Cell, CellKey, Tracked, lost};
 #[map]
 pub static PROCESSES: HashMap<u32, Tracked> = HashMap::with_max_entries(32768, 0);
 
-/// The histograms, bucket by bucket. Memory is taken as buckets come into use.
+/// The histograms, bucket by bucket. All memory is taken at once: a new bucket, of which each fork
+/// has some, costs 20 us where memory for it is looked for first.
 #[map]
-pub static CELLS: PerCpuHashMap<CellKey, Cell> =
-    PerCpuHashMap::with_max_entries(262_144, BPF_F_NO_PREALLOC);
+pub static CELLS: PerCpuHashMap<CellKey, Cell> = PerCpuHashMap::with_max_entries(65536, 0);
 
 /// What a thread waits for the end of.
 #[map]
-pub static BEGUN: HashMap<u64, Begun> = HashMap::with_max_entries(65536, BPF_F_NO_PREALLOC);
+pub static BEGUN: HashMap<u64, Begun> = HashMap::with_max_entries(32768, 0);
 
 /// Events of processes that are traced.
 #[map]
@@ -24,8 +24,6 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 /// What there was no room for.
 #[map]
 pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(lost::SLOTS, 0);
-
-const BPF_F_NO_PREALLOC: u32 = 1;
 
 /// Offsets in the kernel's `task_struct`: the thread's id and the process's.
 #[unsafe(no_mangle)]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use ebpf_loader::{Event, EventKind, Role};
+use ebpf_loader::{Event, EventKind, Level, Role};
 use runtime::fork::ForkReport;
 use runtime::owner::{Owner, OwnerError};
 use uuid::Uuid;
@@ -29,13 +29,16 @@ pub fn trace(
     branch: bool,
     hung_up: impl Fn() -> bool,
 ) -> Result<Answer, OwnerError> {
-    let on = |on| owner.probes(|probes| probes.trace(on));
-    if let Some(Err(error)) = on(true) {
+    // Everything, for as long as it takes.
+    let level = owner.probes(|probes| probes.level()).unwrap_or_default();
+    let on =
+        |on, level| owner.probes(|probes| probes.set_level(level).and_then(|()| probes.trace(on)));
+    if let Some(Err(error)) = on(true, Level::Calls) {
         return Ok(Answer::Failed(runtime::sys::chain(&error)));
     }
     let result = traced(owner, uuid, branch, hung_up);
     // It was possible a moment ago; if not now, the events are dropped when there is no room.
-    drop(on(false));
+    drop(on(false, level));
     result
 }
 

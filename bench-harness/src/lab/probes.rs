@@ -1,0 +1,165 @@
+//! Kind `probes`: the same forks with and without probes in the kernel, and what the probes say of
+//! the children.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use ebpf_loader::{Counted, Level, Metric, ProbeError, Probes, Role};
+use guest_abi::entry::PAGE;
+use guest_abi::param::{op, who};
+
+use super::bench::{Bench, Round};
+use super::error::Trouble;
+use super::program::{Plan, Work, step};
+use crate::record::Summary;
+use crate::session::LabError;
+
+/// Forks of one level in a row, and those before them that do not count.
+const BLOCK: u32 = 10;
+const UNCOUNTED: u32 = 2;
+/// Passes of the work that parent and child do after each fork.
+const PASSES: u64 = 4;
+/// Pages that this process touches to time a page fault.
+const TOUCHED: usize = 2000;
+/// Exits in a row to time one.
+const EXITS: u64 = 1000;
+
+const LEVELS: [(Level, &str); 4] =
+    [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Calls, "calls")];
+
+/// Page faults of a process.
+const PROCESS: [Metric; 6] = [
+    Metric::GuestCow,
+    Metric::GuestMinor,
+    Metric::GuestMajor,
+    Metric::OwnCow,
+    Metric::OwnMinor,
+    Metric::OwnMajor,
+];
+
+/// What is told of each child: metric, role, what is added up.
+const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
+    ("child_process_faults", Role::Child, &PROCESS),
+    ("child_guest_faults", Role::Child, &[Metric::KvmFault]),
+    ("young_process_faults", Role::Young, &PROCESS),
+    ("young_guest_faults", Role::Young, &[Metric::KvmFault]),
+    ("young_exits", Role::Young, &[Metric::Exits]),
+];
+
+/// `forks` of each level, in blocks that take turns.
+pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
+    let scenario = bench.scenario;
+    let own = std::process::id();
+    with(bench, |probes| probes.track(own, 0))?;
+    bench.warm_up()?;
+    let blocks = scenario.forks.div_ceil(BLOCK);
+    bench.progress.phase("forks", u64::from(blocks * BLOCK) * LEVELS.len() as u64);
+    let mut ratios = [const { Vec::new() }; LEVELS.len()];
+    for block in 0..blocks as usize {
+        let mut medians = [f64::NAN; LEVELS.len()];
+        for turn in 0..LEVELS.len() {
+            let at = (block + turn) % LEVELS.len();
+            medians[at] = one_block(bench, LEVELS[at])?;
+        }
+        for (ratios, median) in ratios.iter_mut().zip(medians) {
+            ratios.push(median / medians[0] - 1.0);
+        }
+    }
+    for (ratios, (_, name)) in ratios.iter().zip(LEVELS).skip(1) {
+        if let Some(summary) = Summary::of(ratios) {
+            bench.run.values.insert(format!("probes_{name}_cost_ratio"), summary.p50.0);
+        }
+    }
+    let lost = with(bench, Probes::lost)?;
+    if lost.any() {
+        bench.run.notes.push(format!("the probes lost something for want of room: {lost:?}"));
+    }
+    Ok(())
+}
+
+/// What `f` makes of the probes of this scenario.
+fn with<R>(
+    bench: &Bench<'_>,
+    f: impl FnOnce(&mut Probes) -> Result<R, ProbeError>,
+) -> Result<R, LabError> {
+    match bench.rig.probes(f) {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(error)) => Err(LabError::Failed(Box::new(error))),
+        None => Err(LabError::Unavailable { reason: "there are no probes".to_owned() }),
+    }
+}
+
+/// One block; the median of its `branch_us`.
+fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<f64, LabError> {
+    with(bench, |probes| probes.set_level(level))?;
+    let mut branch = Vec::new();
+    for index in 0..UNCOUNTED + BLOCK {
+        let work_pages = (u64::from(bench.scenario.work_mib) << 20) / PAGE;
+        let work = Work { who: who::ALL, pages: work_pages, passes: PASSES };
+        let plan = Plan { work: Some(work), ..bench.plan() };
+        let mut round = bench.fork(&plan)?;
+        if index >= UNCOUNTED {
+            branch.push(round.sample.value("branch_us").unwrap_or(f64::INFINITY));
+            // Reading is work, which the next fork feels: it is done with every level.
+            let faults = of_a_child(bench, &round)?;
+            if level == Level::All {
+                for (name, count) in faults {
+                    bench.run.recorder.record_apart(name, count);
+                }
+                bench.record(&mut round);
+            }
+            bench.progress.advance(1);
+        }
+        bench.next(&round)?;
+    }
+    for us in &branch {
+        bench.run.recorder.record_apart(format!("probes_{name}_branch_us"), *us);
+    }
+    let (fault, exit) = (fault_us(), exit_us(bench)?);
+    bench.run.recorder.record_apart(format!("probes_{name}_fault_us"), fault);
+    bench.run.recorder.record_apart(format!("probes_{name}_exit_us"), exit);
+    Ok(Summary::of(&branch).map_or(f64::NAN, |summary| summary.p50.0))
+}
+
+/// What the probes counted of the child of a fork, whose first millisecond is over: it has answered.
+fn of_a_child(bench: &Bench<'_>, round: &Round) -> Result<Vec<(&'static str, f64)>, LabError> {
+    let Some(child) = round.children.first() else { return Ok(Vec::new()) };
+    let pid = bench.rig.pid(*child)?.cast_unsigned();
+    let counted: Counted = with(bench, Probes::read)?.remove(&pid).unwrap_or_default();
+    let of = |(name, role, metrics): (_, Role, &[Metric])| {
+        let histograms = metrics.iter().filter_map(|metric| counted.get(&(role, *metric)));
+        let count: u64 = histograms.map(ebpf_loader::Histogram::count).sum();
+        #[expect(clippy::cast_precision_loss, reason = "some thousand faults")]
+        let count = count as f64;
+        (name, count)
+    };
+    Ok(OF_A_CHILD.map(of).into())
+}
+
+/// Time of a page fault of this process, which the probes count too.
+fn fault_us() -> f64 {
+    let mut memory = vec![0_u8; TOUCHED * 4096];
+    let clock = Instant::now();
+    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    let us = clock.elapsed().as_secs_f64() * 1e6;
+    black_box(&memory);
+    #[expect(clippy::cast_precision_loss, reason = "two thousand")]
+    let pages = TOUCHED as f64;
+    us / pages
+}
+
+/// Time of an exit of the parent's guest that asks for nothing, and of its return.
+fn exit_us(bench: &Bench<'_>) -> Result<f64, Trouble> {
+    let guest = bench.guest;
+    let all = |op, result, args| step(op, who::ALL, result, args);
+    let steps = [
+        all(op::CLOCK, 0, [0; 4]),
+        all(op::PAUSE, 0, [0; 4]),
+        all(op::LOOP, 0, [1, EXITS, 0, 0]),
+        all(op::CLOCK, 4, [0; 4]),
+    ];
+    let words = bench.rig.run(guest.uuid, &steps)?;
+    #[expect(clippy::cast_precision_loss, reason = "a thousand")]
+    let exits = EXITS as f64;
+    Ok(guest.us(words.at(4).saturating_sub(words.at(2))) / exits)
+}
