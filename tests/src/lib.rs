@@ -15,5 +15,6 @@ pub mod census;
 pub mod elf;
 pub mod host;
 pub mod memory;
+pub mod nested;
 pub mod program;
 pub mod rig;

@@ -167,6 +167,19 @@ pub(crate) fn attach(
     None
 }
 
+/// Loads and attaches each program by itself and takes it off again: what the kernel said of each.
+pub(crate) fn each(ebpf: &mut Ebpf) -> Vec<(Program, Result<(), String>)> {
+    let programs = PARTS.iter().flat_map(|part| part.ways).flat_map(|way| way.iter());
+    let mut seen = std::collections::BTreeSet::new();
+    let mut results = Vec::new();
+    for program in programs.filter(|(name, _)| seen.insert(*name)) {
+        let (name, how) = *program;
+        results.push((*program, one(ebpf, name, how)));
+        unload(ebpf, name);
+    }
+    results
+}
+
 /// Takes programs off again.
 pub(crate) fn detach(ebpf: &mut Ebpf, way: Way) {
     for (name, _) in way {

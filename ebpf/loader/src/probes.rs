@@ -51,6 +51,19 @@ pub struct Refused {
     pub reason: String,
 }
 
+/// A program by itself, with one combination of constants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Surveyed {
+    /// Its name.
+    pub program: &'static str,
+    /// How it was attached.
+    pub how: &'static str,
+    /// Whether page faults are timed.
+    pub faults_end: bool,
+    /// What the kernel said, if it would not have it.
+    pub refused: Option<String>,
+}
+
 /// What there was no room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lost {
@@ -141,6 +154,31 @@ impl Probes {
         let refused = probes.refused;
         let probes = Self::load_with(object, offsets, level, false)?;
         Ok(Self { refused, ..probes })
+    }
+
+    /// Loads and attaches every program by itself, with every combination of constants, and leaves
+    /// none.
+    ///
+    /// # Errors
+    ///
+    /// Why there can be none here.
+    pub fn survey() -> Result<Vec<Surveyed>, ProbeError> {
+        let object = object()?;
+        host::check()?;
+        let offsets = Offsets::of_this_kernel()?;
+        let mut all = Vec::new();
+        for faults_end in [false, true] {
+            let mut probes = Self::load_with(object, offsets, Level::Off, faults_end)?;
+            all.extend(attach::each(&mut probes.ebpf).into_iter().map(
+                |((program, how), result)| Surveyed {
+                    program,
+                    how: how.name(),
+                    faults_end,
+                    refused: result.err(),
+                },
+            ));
+        }
+        Ok(all)
     }
 
     fn load_with(

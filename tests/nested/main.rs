@@ -1,0 +1,103 @@
+//! Tests that need a standard KVM: they run inside the nested test host, in this same program.
+//!
+//! Names are `nested::area::what_holds`. Outside, all of them are run in one host as soon as the
+//! first is asked for; inside, each says in one line what became of it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tests::nested::{self, Program};
+
+mod forks;
+mod probes;
+
+/// Set inside.
+const INSIDE: &str = "UKP_INSIDE";
+/// Begins the line that says what became of a test.
+const TOLD: &str = "@ukp-test ";
+/// How long the host may take, boot and all tests.
+const LIMIT: Duration = Duration::from_mins(5);
+
+/// A test that runs inside.
+type Inside = (&'static str, fn() -> Result<()>);
+
+fn cases() -> Vec<Inside> {
+    [probes::cases(), forks::cases()].concat()
+}
+
+fn main() {
+    runtime::owner::instance_if_asked();
+    if let Ok(wanted) = std::env::var(INSIDE) {
+        return inside(&wanted);
+    }
+    let arguments = Arguments::from_args();
+    let missing = nested::missing();
+    if let Some(missing) = &missing {
+        eprintln!("the nested tests are ignored: {missing}");
+    }
+    let wanted: Vec<&str> = cases().iter().map(|(name, _)| *name).collect();
+    let results = Arc::new(OnceLock::new());
+    let trials = wanted.iter().map(|name| {
+        let (results, missing, wanted) = (results.clone(), missing.clone(), wanted.clone());
+        let name = *name;
+        let body = move || match missing {
+            // Asked for all the same.
+            Some(missing) => Err(Failed::from(missing)),
+            None => result(results.get_or_init(|| outside(&wanted)), name),
+        };
+        let ignored = nested::missing().is_some();
+        Trial::test(format!("nested::{name}"), body).with_ignored_flag(ignored)
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// What became of the tests, by name; or why nothing did.
+type Results = Result<BTreeMap<String, Result<(), String>>, String>;
+
+fn result(results: &Results, name: &str) -> Result<(), Failed> {
+    match results {
+        Err(error) => Err(error.into()),
+        Ok(results) => match results.get(name) {
+            None => Err("the host ended before it said what became of it".into()),
+            Some(result) => result.clone().map_err(Failed::from),
+        },
+    }
+}
+
+/// Runs all tests in a host.
+fn outside(wanted: &[&str]) -> Results {
+    run(wanted).map_err(|error| format!("{error:#}"))
+}
+
+fn run(wanted: &[&str]) -> Result<BTreeMap<String, Result<(), String>>> {
+    let program = Program {
+        name: "tests".to_owned(),
+        path: std::env::current_exe()?,
+        arguments: Vec::new(),
+        environment: vec![(INSIDE.to_owned(), wanted.join(","))],
+    };
+    let ended = nested::run(&[program], LIMIT, |line| eprintln!("nested: {line}"))?;
+    let output = &ended.first().context("no program ran")?.output;
+    let told = output.iter().filter_map(|line| line.strip_prefix(TOLD));
+    Ok(told
+        .filter_map(|line| {
+            let (name, what) = line.split_once(' ')?;
+            let result = if what == "ok" { Ok(()) } else { Err(what.to_owned()) };
+            Some((name.to_owned(), result))
+        })
+        .collect())
+}
+
+fn inside(wanted: &str) {
+    let wanted: Vec<&str> = wanted.split(',').collect();
+    for (name, body) in cases().into_iter().filter(|(name, _)| wanted.contains(name)) {
+        let what = match body() {
+            Ok(()) => "ok".to_owned(),
+            Err(error) => format!("{error:#}").replace('\n', " | "),
+        };
+        println!("{TOLD}{name} {what}");
+    }
+}

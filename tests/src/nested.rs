@@ -1,0 +1,295 @@
+//! The nested test host: a machine under software emulation whose Linux offers a standard
+//! `/dev/kvm` (SVM), on any machine, without hardware or privileges.
+//!
+//! ```text
+//!   this test program ── initramfs ──> QEMU (TCG, SVM) ── Debian's kernel, kvm-amd
+//!        ^                                   │ init: mounts, modules, then each program
+//!        └──────── serial line: output, exit codes ────┘
+//! ```
+//!
+//! Programs run one after the other and end with it; their output comes line by line as it is
+//! written. A limit of time ends everything, and so does the end of this process.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+const QEMU: &str = "qemu-system-x86_64";
+const MEMORY_MIB: u32 = 3072;
+/// What the serial line says around a program, so that nothing a program prints is taken for it.
+const BEGIN: &str = "@ukp-begin ";
+const END: &str = "@ukp-end ";
+/// Modules in the order in which they are loaded.
+const MODULES: [&str; 3] = ["irqbypass.ko", "kvm.ko", "kvm-amd.ko"];
+
+/// A program to run there.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Its name in output and errors.
+    pub name: String,
+    /// The file; the libraries that it needs come along.
+    pub path: PathBuf,
+    /// Its arguments; no quotes.
+    pub arguments: Vec<String>,
+    /// Its environment besides `PATH`, `HOME` and `XDG_RUNTIME_DIR`.
+    pub environment: Vec<(String, String)>,
+}
+
+/// How a program ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Its name.
+    pub name: String,
+    /// Its exit code; 128 and more: by a signal.
+    pub code: i32,
+    /// What it wrote, stdout and stderr.
+    pub output: Vec<String>,
+}
+
+/// What is missing for a nested test host, and what to do.
+#[must_use]
+pub fn missing() -> Option<String> {
+    let lacks = |program: &&&str| !in_path(program);
+    if let Some(program) = [QEMU, "cpio", "gzip", "ldd"].iter().find(lacks) {
+        return Some(format!("{program} is not there; ./just installs it"));
+    }
+    if busybox().is_none() {
+        return Some("a static busybox is not there; ./just installs it".to_owned());
+    }
+    let folder = kernel_folder();
+    let file = ["vmlinuz"].into_iter().chain(MODULES).map(|name| folder.join(name));
+    let absent = file.into_iter().find(|path| !path.exists())?;
+    Some(format!("{} is not there; ./just fetches it", absent.display()))
+}
+
+fn in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+fn busybox() -> Option<PathBuf> {
+    ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from).find(|path| path.exists())
+}
+
+fn kernel_folder() -> PathBuf {
+    let fetched = || {
+        let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+        let caches = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or(home);
+        caches.unwrap_or_default().join("ukp-runtime")
+    };
+    let cache = std::env::var_os("UKP_CACHE").map_or_else(fetched, PathBuf::from);
+    cache.join("nested-kernel")
+}
+
+/// Boots a host, runs the programs in it one after the other, and passes on each line of output as
+/// it comes. The host ends with the last one.
+///
+/// # Errors
+///
+/// If it could not be started, did not come up, or took too long: with what it said last.
+pub fn run(
+    programs: &[Program],
+    limit: Duration,
+    mut told: impl FnMut(&str),
+) -> Result<Vec<Ended>> {
+    let folder = Folder::new()?;
+    let initramfs = initramfs(&folder.0, programs).context("packing the initramfs")?;
+    let machine = Machine::start(&initramfs)?;
+    let deadline = Instant::now() + limit;
+    let mut ended: Vec<Ended> = Vec::new();
+    let mut under_way: Option<(String, Vec<String>)> = None;
+    let mut last: Vec<String> = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let line = match machine.lines.recv_timeout(left) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                let at = under_way.map_or("booting".to_owned(), |(name, _)| name);
+                bail!(
+                    "after {} s it was at {at}; it said last:\n{}",
+                    limit.as_secs(),
+                    last.join("\n")
+                );
+            }
+        };
+        if let Some(name) = line.strip_prefix(BEGIN) {
+            under_way = Some((name.to_owned(), Vec::new()));
+        } else if let Some(code) = line.strip_prefix(END) {
+            let code = code.trim().parse().with_context(|| format!("an exit code in {line:?}"))?;
+            let (name, output) = under_way.take().context("an end without a beginning")?;
+            ended.push(Ended { name, code, output });
+        } else {
+            if let Some((_, output)) = &mut under_way {
+                told(&line);
+                output.push(line.clone());
+            }
+            last.push(line);
+            let many = last.len().saturating_sub(30);
+            last.drain(..many);
+        }
+    }
+    ensure!(
+        ended.len() == programs.len(),
+        "it ended after {} of {} programs; it said last:\n{}",
+        ended.len(),
+        programs.len(),
+        last.join("\n")
+    );
+    Ok(ended)
+}
+
+/// A folder that goes with this value.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("ukp-nested-{}", std::process::id()));
+        // Left by a process of that number that was killed.
+        drop(fs::remove_dir_all(&path));
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+/// The machine; it ends with this value.
+struct Machine {
+    process: Child,
+    lines: Receiver<String>,
+}
+
+impl Machine {
+    fn start(initramfs: &Path) -> Result<Self> {
+        let append = "console=ttyS0 reboot=t panic=1 mitigations=off nopti nokaslr quiet";
+        let mut command = Command::new(QEMU);
+        command
+            .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", "2"])
+            .args(["-m", &MEMORY_MIB.to_string(), "-nographic", "-nodefaults", "-no-reboot"])
+            .args(["-serial", "stdio", "-append", append, "-kernel"])
+            .arg(kernel_folder().join("vmlinuz"))
+            .arg("-initrd")
+            .arg(initramfs)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
+        die_with_this_process(&mut command);
+        let mut process = command.spawn().context("starting QEMU")?;
+        let output = process.stdout.take().context("QEMU has no output")?;
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(output);
+            let mut bytes = Vec::new();
+            // The end of the line: the machine is gone.
+            while reader.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
+                let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+                if sender.send(line).is_err() {
+                    break;
+                }
+                bytes.clear();
+            }
+            // So that QEMU never waits for a reader.
+            drop(reader.read_to_end(&mut bytes));
+        });
+        Ok(Self { process, lines })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+#[expect(unsafe_code, reason = "what is done between fork and exec is ours to keep safe")]
+fn die_with_this_process(command: &mut Command) {
+    let child = || {
+        let signal = Some(rustix::process::Signal::KILL);
+        rustix::process::set_parent_process_death_signal(signal).map_err(Into::into)
+    };
+    // SAFETY: one system call, which allocates nothing and takes no lock.
+    unsafe { command.pre_exec(child) };
+}
+
+/// Packs programs, libraries, busybox, modules and the init that runs them.
+fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
+    let root = folder.join("root");
+    for name in ["bin", "m", "proc", "sys", "dev", "tmp", "run", "p"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    let busybox = busybox().context("no busybox")?;
+    fs::copy(busybox, root.join("bin/busybox"))?;
+    std::os::unix::fs::symlink("busybox", root.join("bin/sh"))?;
+    for module in MODULES {
+        fs::copy(kernel_folder().join(module), root.join("m").join(module))?;
+    }
+    let mut libraries = BTreeSet::new();
+    for (index, program) in programs.iter().enumerate() {
+        libraries.extend(libraries_of(&program.path)?);
+        fs::copy(&program.path, root.join(format!("p/{index}")))?;
+    }
+    for library in libraries {
+        let to = root.join(library.strip_prefix("/")?);
+        fs::create_dir_all(to.parent().context("a library has a folder")?)?;
+        fs::copy(&library, to)?;
+    }
+    let init = root.join("init");
+    fs::write(&init, init_script(programs))?;
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+    let packed = folder.join("initramfs.gz");
+    let script = format!(
+        "cd '{}' && find . | cpio -o -H newc --quiet | gzip -1 > '{}'",
+        root.display(),
+        packed.display()
+    );
+    let status = Command::new("sh").args(["-c", &script]).status()?;
+    ensure!(status.success(), "cpio ended with {status}");
+    Ok(packed)
+}
+
+fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(program).output()?;
+    // A static program has none, and ldd says so with an error.
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let paths = text.split_whitespace().filter(|word| word.starts_with('/'));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+fn init_script(programs: &[Program]) -> String {
+    let mut lines = vec![
+        "#!/bin/busybox sh".to_owned(),
+        "b=/bin/busybox".to_owned(),
+        "$b mount -t proc p /proc; $b mount -t sysfs s /sys; $b mount -t devtmpfs d /dev"
+            .to_owned(),
+        "$b mount -t tmpfs t /tmp; $b mount -t tmpfs r /run".to_owned(),
+        "$b mount -t tracefs t /sys/kernel/tracing; $b ip link set lo up".to_owned(),
+        "export PATH=/bin HOME=/tmp XDG_RUNTIME_DIR=/run".to_owned(),
+    ];
+    lines.extend(MODULES.map(|module| format!("$b insmod /m/{module}")));
+    for (index, program) in programs.iter().enumerate() {
+        let pairs = program.environment.iter().map(|(name, value)| format!("{name}='{value}'"));
+        let environment = pairs.collect::<Vec<_>>().join(" ");
+        let arguments = program.arguments.join(" ");
+        // The firmware, the kernel and the program may leave half a line.
+        lines.push(format!("echo; echo \"{BEGIN}{}\"", program.name));
+        lines.push(format!("{environment} /p/{index} {arguments} 2>&1"));
+        lines.push(format!("code=$?; echo; echo \"{END}$code\""));
+    }
+    lines.push("$b sync; $b reboot -f\n".to_owned());
+    lines.join("\n")
+}
