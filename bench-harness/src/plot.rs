@@ -6,11 +6,13 @@
 //! curve ends before them and its legend says how many there are.
 
 mod axis;
+mod heat;
 mod percentile;
 mod stages;
 mod svg;
 mod trend;
 
+pub use heat::heat_map;
 pub use percentile::{Curve, percentile_curves};
 pub use stages::{StageRow, stage_stack};
 pub use trend::{TrendPoint, trend};

@@ -100,6 +100,15 @@ forks = 2
 warmup = 1
 
 [[scenario]]
+name = "probes"
+about = "with and without probes"
+kind = "probes"
+memory_mib = 32
+work_mib = 1
+forks = 10
+warmup = 1
+
+[[scenario]]
 name = "upkeep"
 about = "off the path"
 kind = "upkeep"
@@ -157,7 +166,13 @@ fn others() -> Vec<String> {
 fn every_kind() -> Result<(), Failed> {
     for scenario in Catalogue::parse("test", SCENARIOS)?.all() {
         let name = &scenario.name;
-        let run = run(name, BARE).map_err(|error| format!("{name}: {error:?}"))?;
+        let run = match run(name, BARE) {
+            Err(LabError::Unavailable { reason }) if name == "probes" => {
+                eprintln!("probes: {reason}");
+                continue;
+            }
+            run => run.map_err(|error| format!("{name}: {error:?}"))?,
+        };
         let recorder = &run.recorder;
         let forks = match name.as_str() {
             "depth" => 6,
@@ -184,12 +199,14 @@ fn shows(name: &str, run: &ScenarioRun) {
         "tax" => &["tax_parent_ratio", "tax_child_ratio"],
         "upkeep" => &["arm_us", "teardown_us"],
         "reference" => &["reference_branch_us"],
+        "probes" => &["probes_off_branch_us", "probes_calls_exit_us", "guest_fault_page"],
         _ => &[],
     };
     let values: &[&str] = match name {
         "busy" => &["forkable_tax_ratio"],
         "children" => &["started_s", "private_user_bytes"],
         "upkeep" => &["idle_cpu_ratio"],
+        "probes" => &["probes_on_cost_ratio", "probes_all_cost_ratio"],
         _ => &[],
     };
     for metric in metrics {

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use ebpf_loader::{Counted, Level, Metric, ProbeError, Probes, Role};
+use ebpf_loader::{Counted, EventKind, Level, Metric, ProbeError, Probes, Role};
 use guest_abi::entry::PAGE;
 use guest_abi::param::{op, who};
 
@@ -21,8 +21,13 @@ const UNCOUNTED: u32 = 2;
 const PASSES: u64 = 4;
 /// Pages that this process touches to time a page fault.
 const TOUCHED: usize = 2000;
+/// Memory of this size the allocator always gets from the kernel, untouched.
+const FRESH: usize = 48 << 20;
 /// Exits in a row to time one.
 const EXITS: u64 = 1000;
+
+/// Forks whose faults are looked at one by one.
+const WHERE: u32 = 30;
 
 const LEVELS: [(Level, &str); 4] =
     [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Calls, "calls")];
@@ -36,6 +41,9 @@ const PROCESS: [Metric; 6] = [
     Metric::OwnMinor,
     Metric::OwnMajor,
 ];
+
+/// Those of them in guest memory.
+const GUEST: [Metric; 3] = [Metric::GuestCow, Metric::GuestMinor, Metric::GuestMajor];
 
 /// What is told of each child: metric, role, what is added up.
 const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
@@ -65,6 +73,8 @@ pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
             ratios.push(median / medians[0] - 1.0);
         }
     }
+    bench.progress.phase("where", WHERE.into());
+    places(bench)?;
     for (ratios, (_, name)) in ratios.iter().zip(LEVELS).skip(1) {
         if let Some(summary) = Summary::of(ratios) {
             bench.run.values.insert(format!("probes_{name}_cost_ratio"), summary.p50.0);
@@ -94,9 +104,7 @@ fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<f64,
     with(bench, |probes| probes.set_level(level))?;
     let mut branch = Vec::new();
     for index in 0..UNCOUNTED + BLOCK {
-        let work_pages = (u64::from(bench.scenario.work_mib) << 20) / PAGE;
-        let work = Work { who: who::ALL, pages: work_pages, passes: PASSES };
-        let plan = Plan { work: Some(work), ..bench.plan() };
+        let plan = with_work(bench);
         let mut round = bench.fork(&plan)?;
         if index >= UNCOUNTED {
             branch.push(round.sample.value("branch_us").unwrap_or(f64::INFINITY));
@@ -121,6 +129,46 @@ fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<f64,
     Ok(Summary::of(&branch).map_or(f64::NAN, |summary| summary.p50.0))
 }
 
+/// Where in guest memory the children's faults are, from their wake-up to the end of their first
+/// millisecond.
+fn places(bench: &mut Bench<'_>) -> Result<(), LabError> {
+    with(bench, |probes| probes.set_level(Level::All))?;
+    with(bench, |probes| probes.trace(true))?;
+    for _ in 0..WHERE {
+        let plan = with_work(bench);
+        let round = bench.fork(&plan)?;
+        let events = with(bench, |probes| Ok(probes.events()))?;
+        let child = round.children.first().and_then(|child| bench.rig.pid(*child).ok());
+        let of_child = events.iter().filter(|event| {
+            let young = [Role::Child as u8, Role::Young as u8].contains(&event.role);
+            young && child.is_some_and(|pid| pid.cast_unsigned() == event.pid)
+        });
+        for event in of_child {
+            let metric = u8::try_from(event.detail >> 32).ok().and_then(Metric::from_number);
+            let name = match EventKind::from_number(event.kind) {
+                Some(EventKind::KvmFault) => "guest_fault_page",
+                Some(EventKind::Fault) if metric.is_some_and(|metric| GUEST.contains(&metric)) => {
+                    "process_fault_page"
+                }
+                _ => continue,
+            };
+            #[expect(clippy::cast_precision_loss, reason = "a page's number is below 2^52")]
+            let page = (event.what >> 12) as f64;
+            bench.run.recorder.record_apart(name, page);
+        }
+        bench.next(&round)?;
+        bench.progress.advance(1);
+    }
+    with(bench, |probes| probes.trace(false))
+}
+
+/// A fork after which parent and child work.
+fn with_work(bench: &mut Bench<'_>) -> Plan {
+    let pages = (u64::from(bench.scenario.work_mib) << 20) / PAGE;
+    let work = Work { who: who::ALL, pages, passes: PASSES };
+    Plan { work: Some(work), ..bench.plan() }
+}
+
 /// What the probes counted of the child of a fork, whose first millisecond is over: it has answered.
 fn of_a_child(bench: &Bench<'_>, round: &Round) -> Result<Vec<(&'static str, f64)>, LabError> {
     let Some(child) = round.children.first() else { return Ok(Vec::new()) };
@@ -138,9 +186,9 @@ fn of_a_child(bench: &Bench<'_>, round: &Round) -> Result<Vec<(&'static str, f64
 
 /// Time of a page fault of this process, which the probes count too.
 fn fault_us() -> f64 {
-    let mut memory = vec![0_u8; TOUCHED * 4096];
+    let mut memory = vec![0_u8; FRESH];
     let clock = Instant::now();
-    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+    memory.iter_mut().step_by(4096).take(TOUCHED).for_each(|byte| *byte = 1);
     let us = clock.elapsed().as_secs_f64() * 1e6;
     black_box(&memory);
     #[expect(clippy::cast_precision_loss, reason = "two thousand")]

@@ -1,7 +1,7 @@
 //! The plots of a run.
 
 use super::{RunSummary, ScenarioSummary};
-use crate::plot::{Curve, StageRow, TrendPoint, percentile_curves, stage_stack, trend};
+use crate::plot::{Curve, StageRow, TrendPoint, heat_map, percentile_curves, stage_stack, trend};
 use crate::record::Recorder;
 
 /// Name (without `.svg`) and text of each plot.
@@ -25,6 +25,18 @@ pub(super) fn pictures(
                 samples_us: samples,
             })
             .collect();
+        for (metric, what) in [
+            ("guest_fault_page", "Faults of a child's guest that KVM resolved"),
+            ("process_fault_page", "Page faults of a child in guest memory"),
+        ] {
+            let pages = recorder.samples(metric);
+            if recorder.metrics().any(|known| known == metric) {
+                let title = format!("{what}, first millisecond included");
+                let about = conditions(run, summary);
+                let text = heat_map(&title, &about, summary.scenario.memory_bytes(), &pages);
+                pictures.push((format!("heat-{name}-{}", metric.replace('_', "-")), text));
+            }
+        }
         if !curves.is_empty() {
             let text = percentile_curves(name, &conditions(run, summary), "time (µs)", &curves);
             pictures.push((format!("percentiles-{name}"), text));

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::tools::{Folder, holds, same};
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 12] = [
     "run",
     "ps",
     "branch",
@@ -15,6 +15,7 @@ const VERBS: [&str; 11] = [
     "pause",
     "resume",
     "stats",
+    "trace",
     "doctor",
     "completions",
 ];

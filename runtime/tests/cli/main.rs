@@ -31,6 +31,8 @@ const DIRECT: &[(&str, Test)] = &[
     ("a_wrong_elf_is_refused", guest::a_wrong_elf_is_refused),
     ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
     ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),
+    ("stats_and_trace_show_what_the_probes_saw", tree::stats_and_trace_show_what_the_probes_saw),
+    ("probes_can_be_off", tree::probes_can_be_off),
     ("names_must_be_clear", tree::names_must_be_clear),
     ("ctrl_c_leaves_nothing", tree::ctrl_c_leaves_nothing),
     ("a_killed_owner_leaves_no_process", tree::a_killed_owner_leaves_no_process),

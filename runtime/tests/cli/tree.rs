@@ -85,6 +85,46 @@ pub fn pause_stop_wait_and_stats() -> Result<(), Failed> {
     same(&owner.end()?, &33, &"the root's code")
 }
 
+/// With probes, or with a line that says why there are none.
+pub fn stats_and_trace_show_what_the_probes_saw() -> Result<(), Failed> {
+    let owner = Owner::start(&["--probes", "all"])?;
+    let (folder, root) = (&owner.folder, owner.root.to_string());
+    folder.json(&["branch", "--json", &root])?;
+    let stats = folder.json(&["stats", "--json", &root])?;
+    let probes = &stats["probes"];
+    let traced = folder.done(&["trace", "--branch", "--json", &root])?;
+    let scrape = folder.done(&["stats", "--prometheus", &root])?;
+    holds(
+        scrape.out.contains("ukp_forks_total{instance=") && scrape.out.contains("# EOF"),
+        &scrape,
+    )?;
+    if let Some(why) = probes["off"].as_str() {
+        eprintln!("without probes: {why}");
+        return holds(traced.code != 0 && traced.err.contains("probes are off"), &traced);
+    }
+    let rows = probes["rows"].as_array().ok_or("no rows")?;
+    holds(rows.iter().any(|row| row["role"] == "parent" && row["metric"] == "exits"), &stats)?;
+    holds(scrape.out.contains("ukp_probe_seconds_bucket{le="), &scrape)?;
+    let traced: Value = serde_json::from_str(&traced.out)?;
+    let events = traced["trace"]["events"].as_array().ok_or("no events")?;
+    // An ioctl of parent and child each: the levels that are off otherwise are on.
+    let parent = &traced["trace"]["parent_pid"];
+    holds(events.iter().any(|event| event["kind"] == 4 && event["pid"] == *parent), &traced)?;
+    holds(events.iter().any(|event| event["kind"] == 4 && event["pid"] != *parent), &traced)?;
+    let text = folder.done(&["trace", "-b", &root])?;
+    holds(text.out.contains("── doorbell") && text.out.contains("ioctl: KVM_RUN"), &text)
+}
+
+/// A machine that was started without them says so.
+pub fn probes_can_be_off() -> Result<(), Failed> {
+    let owner = Owner::start(&["--probes", "off"])?;
+    let (folder, root) = (&owner.folder, owner.root.to_string());
+    let stats = folder.json(&["stats", "--json", &root])?;
+    same(&stats["probes"]["off"], &"the machine was started with --probes off", &stats)?;
+    let traced = folder.done(&["trace", "-b", &root])?;
+    holds(traced.code != 0 && traced.err.contains("started with --probes off"), &traced)
+}
+
 pub fn names_must_be_clear() -> Result<(), Failed> {
     let owner = Owner::start(&[])?;
     let folder = &owner.folder;
