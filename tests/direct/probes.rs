@@ -27,6 +27,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("probes::a_child_s_faults_are_those_that_the_engine_saw", of_a_child),
         Case::new("probes::every_program_loads_by_itself_or_says_why_not", each),
         Case::new("probes::what_is_missing_is_said_in_one_line", lacking),
+        Case::new("probes::nothing_is_kept_of_children_that_have_ended", ended),
         Case::new("probes::stages_are_where_the_engine_stamps_them", stages).alone(),
         Case::new("probes::events_that_found_no_room_are_counted", overrun),
         Case::new("probes::nothing_is_left_of_a_loader_that_was_killed", killed).alone(),
@@ -195,6 +196,31 @@ fn lacking() -> Result<()> {
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected) && text.lines().count() == 1, "{command:?}: {text:?}");
     }
+    Ok(())
+}
+
+/// Neither they nor what their threads began; what was counted of them is added up.
+fn ended() -> Result<()> {
+    let rig = rig(small())?;
+    let held = |rig: &Rig| -> Result<[usize; 2]> {
+        Ok(rig.owner.probes(Probes::held).context("no probes")??)
+    };
+    let before = held(&rig)?;
+    let children = rig.branch(rig.root, 20)?;
+    let during = held(&rig)?;
+    ensure!(during[0] >= before[0] + 20 && during[1] > before[1], "{before:?}, then {during:?}");
+    for child in children {
+        rig.kill(child)?;
+    }
+    rig.standbys(1)?;
+    let settled = census::eventually(Duration::from_secs(5), || {
+        held(&rig).is_ok_and(|now| now[0] <= before[0] && now[1] <= before[1])
+    });
+    ensure!(settled, "{before:?} at first, {during:?}, {:?} at last", held(&rig)?);
+    let live = rig.owner.probes(Probes::read).context("no probes")??;
+    ensure!(live.len() <= before[0], "of {} processes something is kept", live.len());
+    let ended = rig.owner.probes(|probes| probes.ended().clone()).context("no probes")?;
+    ensure!(count(&ended, &[Role::Standby], &OWN) > 20, "{ended:?}");
     Ok(())
 }
 

@@ -334,6 +334,19 @@ impl Probes {
         &self.ended
     }
 
+    /// Processes that are measured, and things that threads have begun or may begin: so many entries
+    /// there are in the kernel.
+    ///
+    /// # Errors
+    ///
+    /// If the maps cannot be read.
+    pub fn held(&mut self) -> Result<[usize; 2], ProbeError> {
+        let processes = processes(&mut self.ebpf)?.keys().count();
+        let begun: HashMap<&mut MapData, u64, [u64; 3]> =
+            map(&mut self.ebpf, "BEGUN")?.try_into().map_err(ProbeError::map("BEGUN"))?;
+        Ok([processes, begun.keys().count()])
+    }
+
     /// What there was no room for so far.
     ///
     /// # Errors

@@ -85,16 +85,15 @@ pub fn process_exit(_ctx: RawTracePointContext) -> i32 {
     exited()
 }
 
-/// Of the process the first thread counts: in ours it is never the first to end.
+/// Of a process the first thread counts: when it ends, the others are about to. They may come later,
+/// and what they began is forgotten whoever they belong to.
 #[inline(always)]
 fn exited() -> i32 {
     let (pid, tid) = ids();
-    if PROCESSES.get_ptr(&pid).is_some() {
-        begun::forget(tid);
-        if pid == tid {
-            // An error: somebody was faster.
-            PROCESSES.remove(&pid).unwrap_or(());
-        }
+    begun::forget(tid);
+    if pid == tid {
+        // An error: it is none of ours.
+        PROCESSES.remove(&pid).unwrap_or(());
     }
     0
 }

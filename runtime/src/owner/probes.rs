@@ -2,20 +2,39 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ebpf_loader::{Level, ProbeError, Probes};
 
 use crate::beacon;
 
+/// How often what was counted of processes that have ended is taken out of the kernel: there is room
+/// for so many.
+const SWEEP: Duration = Duration::from_secs(10);
+
 /// The probes of an owner, if it has any.
 #[derive(Debug, Default)]
-pub(super) struct Watch(Mutex<Option<Probes>>);
+pub(super) struct Watch(Arc<Mutex<Option<Probes>>>);
 
 impl Watch {
     /// Loads them.
     pub(super) fn load(&self, level: Level) -> Result<(), ProbeError> {
         *self.lock() = Some(Probes::load(level)?);
+        let watch = Arc::downgrade(&self.0);
+        // It ends with the owner. Without a thread nobody sweeps but who reads, and the losses tell.
+        let sweeper = std::thread::Builder::new().name("sweeper".into());
+        drop(sweeper.spawn(move || {
+            while let Some(watch) = {
+                std::thread::sleep(SWEEP);
+                watch.upgrade()
+            } {
+                // Whoever has it reads, too.
+                if let Ok(mut probes) = watch.try_lock() {
+                    drop(probes.as_mut().map(Probes::read));
+                }
+            }
+        }));
         Ok(())
     }
 
