@@ -180,6 +180,11 @@ pub enum Event {
         /// What came of it.
         result: Result<Reply, Failure>,
     },
+    /// A zygote was raised in place of one that was lost.
+    Zygote {
+        /// Its process.
+        pid: i32,
+    },
     /// A fork is over.
     Forked(Box<ForkReport>),
     /// Armed.

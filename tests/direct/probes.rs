@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ebpf_loader::{Counted, EventKind, Level, Lost, Metric, Probes, Role};
 use runtime::fork::{ForkReport, Moment};
 use runtime::memory::BackingKind;
-use runtime::proto::InstanceConfig;
+use runtime::proto::{InstanceConfig, Request};
 use tests::case::Case;
 use tests::program::{dirty, fork};
 use tests::rig::{PATIENCE, Rig};
@@ -28,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("probes::every_program_loads_by_itself_or_says_why_not", each),
         Case::new("probes::what_is_missing_is_said_in_one_line", lacking),
         Case::new("probes::nothing_is_kept_of_children_that_have_ended", ended),
+        Case::new("probes::children_of_a_raised_zygote_are_known", raised),
         Case::new("probes::stages_are_where_the_engine_stamps_them", stages).alone(),
         Case::new("probes::events_that_found_no_room_are_counted", overrun),
         Case::new("probes::nothing_is_left_of_a_loader_that_was_killed", killed).alone(),
@@ -141,7 +142,7 @@ fn touches(backing: BackingKind) -> Result<()> {
 /// Between its wake-up and its first exit.
 fn of_a_child() -> Result<()> {
     let rig = rig(small())?;
-    let mut same = 0;
+    let (mut same, mut faults) = (0, 0);
     for round in 0..10_u64 {
         let seq = rig.begin(rig.root, 0, &[dirty(40, round, round), fork(1, 10)])?;
         rig.results(rig.root, 0, seq)?;
@@ -155,10 +156,12 @@ fn of_a_child() -> Result<()> {
         // The engine looks before the standby sleeps: another thread may fault meanwhile.
         ensure!(process <= engine, "{process} of the process and {guest} of the guest, {engine}");
         same += u64::from(process == engine);
+        faults += process;
         ensure!(count(&all, &[Role::Standby], &OWN) > 0, "{all:?}");
         rig.kill(child.uuid)?;
         rig.standbys(1)?;
     }
+    ensure!(faults > 0, "there was no fault to compare");
     ensure!(same >= 3, "the same number in {same} of 10 forks only");
     Ok(())
 }
@@ -196,6 +199,32 @@ fn lacking() -> Result<()> {
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected) && text.lines().count() == 1, "{command:?}: {text:?}");
     }
+    Ok(())
+}
+
+/// A zygote that was raised has executed this program anew: its address space is another.
+fn raised() -> Result<()> {
+    let rig = rig(small())?;
+    rig.kill(rig.branch(rig.root, 1)?[0])?;
+    rig.standbys(1)?;
+    let before = rig.zygote()?;
+    rig.owner.ask(rig.root, Request::KillZygote)?;
+    let new = census::eventually(Duration::from_secs(10), || {
+        rig.zygote().is_ok_and(|zygote| zygote != before)
+    });
+    ensure!(new, "no zygote was raised");
+    let zygote = u32::try_from(rig.zygote()?)?;
+    let known = census::eventually(Duration::from_secs(5), || {
+        rig.owner.probes(|probes| probes.knows(zygote)) == Some(true)
+    });
+    ensure!(known, "the zygote that was raised is not measured");
+    // The first child may be of a standby that was made before that was known.
+    rig.standbys(1)?;
+    rig.kill(rig.branch(rig.root, 1)?[0])?;
+    rig.standbys(1)?;
+    let child = rig.branch(rig.root, 1)?[0];
+    let all = counted(&rig, child)?;
+    ensure!(count(&all, &[Role::Standby], &OWN) > 0, "{:?}", all.keys());
     Ok(())
 }
 

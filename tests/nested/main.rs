@@ -98,6 +98,6 @@ fn inside(wanted: &str) {
             Ok(()) => "ok".to_owned(),
             Err(error) => format!("{error:#}").replace('\n', " | "),
         };
-        println!("{TOLD}{name} {what}");
+        println!("\n{TOLD}{name} {what}");
     }
 }

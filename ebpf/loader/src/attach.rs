@@ -159,6 +159,8 @@ pub(crate) fn attach(
             let how = way.first().map_or("nothing", |(_, how)| how.name());
             return Some((Attached { what: part.what, how, level: part.level }, way));
         };
+        // It may have been attached in part.
+        done.push(failed.program);
         refused.push(failed);
         for name in done {
             unload(ebpf, name);

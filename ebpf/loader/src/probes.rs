@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aya::maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap};
+use aya::maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, EbpfLoader};
 use ebpf_common::{Cell, CellKey, Metric, Role, Tracked, lost};
 use serde::{Deserialize, Serialize};
@@ -78,6 +78,17 @@ pub struct Lost {
 }
 
 impl Lost {
+    /// What was lost after `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            values: self.values.saturating_sub(before.values),
+            events: self.events.saturating_sub(before.events),
+            processes: self.processes.saturating_sub(before.processes),
+            begun: self.begun.saturating_sub(before.begun),
+        }
+    }
+
     /// Whether anything was.
     #[must_use]
     pub fn any(&self) -> bool {
@@ -220,7 +231,6 @@ impl Probes {
             attach::detach(&mut self.ebpf, way);
         }
         self.attached = stay;
-        self.level = level;
         for part in PARTS.iter().filter(|part| part.level <= level) {
             let there = self.attached.iter().any(|(attached, _)| attached.what == part.what);
             if there || part.what == FAULTS_END && !self.faults_end {
@@ -237,6 +247,7 @@ impl Probes {
                 None => {}
             }
         }
+        self.level = level;
         Ok(())
     }
 
@@ -276,15 +287,30 @@ impl Probes {
             .map_err(ProbeError::map("PROCESSES"))
     }
 
+    /// Measures a process no longer.
+    pub fn forget(&mut self, pid: u32) {
+        if let Ok(mut processes) = processes(&mut self.ebpf) {
+            // An error: it was not measured.
+            processes.remove(&pid).unwrap_or(());
+        }
+    }
+
+    /// Whether a process is measured, because it was registered or descends from one that was.
+    #[must_use]
+    pub fn descends(&self, pid: u32) -> bool {
+        self.tracked(pid).is_some()
+    }
+
     /// Whether a process is measured, and it is known where it says who it is.
     #[must_use]
     pub fn knows(&self, pid: u32) -> bool {
-        let processes = self
-            .ebpf
-            .map("PROCESSES")
-            .and_then(|map| HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok());
-        let known = processes.and_then(|processes| processes.get(&pid, 0).ok());
-        known.is_some_and(|known| Tracked::from_words(known).beacon != 0)
+        self.tracked(pid).is_some_and(|known| known.beacon != 0)
+    }
+
+    fn tracked(&self, pid: u32) -> Option<Tracked> {
+        let map = self.ebpf.map("PROCESSES")?;
+        let processes = HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok()?;
+        processes.get(&pid, 0).ok().map(Tracked::from_words)
     }
 
     /// Reads what was counted of processes that live. Those that have ended are added to
@@ -299,11 +325,7 @@ impl Probes {
         for entry in &cells {
             let (key, values) = entry.map_err(ProbeError::map("CELLS"))?;
             let key = CellKey::from_word(key);
-            let sum = values.iter().fold(Cell::default(), |sum, [count, ns]| Cell {
-                count: sum.count + count,
-                sum: sum.sum + ns,
-            });
-            counted.entry(key.pid).or_default().insert(key, sum);
+            counted.entry(key.pid).or_default().insert(key, sum(&values));
         }
         // In this order: whoever is not among them now counts nothing any more.
         let processes = processes(&mut self.ebpf)?;
@@ -311,10 +333,12 @@ impl Probes {
         let (live, ended): (BTreeMap<_, _>, BTreeMap<_, _>) =
             counted.into_iter().partition(|(pid, _)| live.contains(pid));
         let mut cells = self::cells(&mut self.ebpf)?;
-        for (key, cell) in ended.into_values().flatten() {
-            // An error: somebody else was faster.
-            if cells.remove(&key.word()).is_ok() {
-                add(&mut self.ended, key, cell);
+        for key in ended.into_values().flat_map(BTreeMap::into_keys) {
+            // What it counted last may have come after the first look. An error: somebody was faster.
+            if let Ok(values) = cells.get(&key.word(), 0)
+                && cells.remove(&key.word()).is_ok()
+            {
+                add(&mut self.ended, key, sum(&values));
             }
         }
         let histograms = |cells: BTreeMap<CellKey, Cell>| {
@@ -410,6 +434,14 @@ type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 2]>;
 
 fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
     map(ebpf, "CELLS")?.try_into().map_err(ProbeError::map("CELLS"))
+}
+
+/// Over all processors.
+fn sum(values: &PerCpuValues<[u64; 2]>) -> Cell {
+    values.iter().fold(Cell::default(), |sum, [count, ns]| Cell {
+        count: sum.count + count,
+        sum: sum.sum + ns,
+    })
 }
 
 fn add(counted: &mut Counted, key: CellKey, cell: Cell) {

@@ -44,7 +44,7 @@ pub fn end(kind: Kind, tid: u32) -> Option<(Begun, u64)> {
     }
     // SAFETY: as in `begin`.
     unsafe { (*place).ns = 0 };
-    Some((begun, now() - begun.ns))
+    Some((begun, now().saturating_sub(begun.ns)))
 }
 
 /// There is a new thread of ours.

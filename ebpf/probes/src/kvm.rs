@@ -10,6 +10,9 @@ use crate::begun::{self, Kind};
 use crate::process::INTERRUPTED;
 use crate::record::{count, current, event, ids, is_ours, send, took};
 
+/// Who walked the page tables of a fault.
+const BY_PROCESSOR: u64 = 1;
+
 #[raw_tracepoint(tracepoint = "kvm_userspace_exit")]
 pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
     if let Some(current) = current() {
@@ -18,6 +21,8 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
         // Interrupted before it had a reason.
         let reason = if errno < 0 { INTERRUPTED } else { reason as u16 & 0xff };
         count(current.pid, current.role, Metric::Exits, reason, 0);
+        // What the guest waited for until now was no fault.
+        begun::end(Kind::Kvm, current.tid);
         send(&current, 0, event(EventKind::Exit, reason.into(), 0));
     }
     0
@@ -36,7 +41,7 @@ pub fn kvm_walk(ctx: RawTracePointContext) -> i32 {
 /// It ends: `gfn` is mapped.
 #[raw_tracepoint(tracepoint = "kvm_mmu_set_spte")]
 pub fn kvm_set_spte(ctx: RawTracePointContext) -> i32 {
-    ends(ctx.arg::<u64>(1) << 12)
+    ends(Some(ctx.arg::<u64>(1) << 12))
 }
 
 /// Where the processor walks them: it begins.
@@ -44,7 +49,7 @@ pub fn kvm_set_spte(ctx: RawTracePointContext) -> i32 {
 pub fn kvm_page_fault(ctx: RawTracePointContext) -> i32 {
     let (pid, tid) = ids();
     if is_ours(pid) {
-        begun::begin(Kind::Kvm, tid, ctx.arg(1), 0);
+        begun::begin(Kind::Kvm, tid, ctx.arg(1), BY_PROCESSOR);
     }
     0
 }
@@ -52,18 +57,20 @@ pub fn kvm_page_fault(ctx: RawTracePointContext) -> i32 {
 /// It ends.
 #[raw_tracepoint(tracepoint = "kvm_entry")]
 pub fn kvm_entry(_ctx: RawTracePointContext) -> i32 {
-    ends(u64::MAX)
+    ends(None)
 }
 
-/// `address` of the guest, or all ones: where it began.
+/// At an address of the guest that was mapped; or, without, before the guest goes on. Then a walk in
+/// software that has not ended has mapped nothing: it was no fault.
 #[inline(always)]
-fn ends(address: u64) -> i32 {
+fn ends(mapped: Option<u64>) -> i32 {
     let (pid, tid) = ids();
     if is_ours(pid)
         && let Some((begun, ns)) = begun::end(Kind::Kvm, tid)
+        && (mapped.is_some() || begun.code == BY_PROCESSOR)
         && let Some(current) = current()
     {
-        let address = if address == u64::MAX { begun.what } else { address };
+        let address = mapped.unwrap_or(begun.what);
         took(&current, Metric::KvmFault, ns, event(EventKind::KvmFault, address, 0));
     }
     0

@@ -19,6 +19,10 @@ pub fn sched_wakeup(ctx: RawTracePointContext) -> i32 {
 
 #[raw_tracepoint(tracepoint = "sched_switch")]
 pub fn sched_switch(ctx: RawTracePointContext) -> i32 {
+    // Woken while it ran or could run: it did not wait for that.
+    if let Some(tid) = task_pid_of(ctx.arg(1)) {
+        begun::end(Kind::Wake, tid);
+    }
     runs(ctx.arg(2))
 }
 

@@ -99,6 +99,7 @@ impl<Out: Write, Notes: Write> Console<Out, Notes> {
                 }
             }
             Event::Hello { .. }
+            | Event::Zygote { .. }
             | Event::Reply { .. }
             | Event::Armed { .. }
             | Event::Done { .. } => {}
@@ -165,7 +166,9 @@ fn as_json(uuid: Uuid, event: &Event) -> Option<Value> {
         Event::Exited { code, reason } => {
             json!({ "event": "exited", "instance": uuid, "code": code, "reason": reason })
         }
-        Event::Reply { .. } | Event::Armed { .. } | Event::Done { .. } => return None,
+        Event::Zygote { .. } | Event::Reply { .. } | Event::Armed { .. } | Event::Done { .. } => {
+            return None;
+        }
     })
 }
 

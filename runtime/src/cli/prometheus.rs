@@ -6,7 +6,7 @@ use prometheus_client::registry::Unit;
 use runtime::proto::Stats;
 use uuid::Uuid;
 
-use ebpf_loader::Metric;
+use ebpf_loader::{Histogram, Lost, Metric};
 
 use super::error::CliError;
 use super::stats::exit_name;
@@ -40,6 +40,7 @@ struct Instance {
 impl prometheus_client::collector::Collector for Instance {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         use prometheus_client::metrics::counter::ConstCounter;
+        use prometheus_client::metrics::gauge::ConstGauge;
         let labels = [("instance", self.uuid.as_str())];
         for (name, help, value) in [
             ("forks", "Forks made", self.stats.forks),
@@ -50,6 +51,20 @@ impl prometheus_client::collector::Collector for Instance {
             let counter = ConstCounter::new(value);
             let mut encoder = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             counter.encode(encoder.encode_family(&labels)?)?;
+        }
+        let up = ConstGauge::new(i64::from(self.probed.off.is_none()));
+        let help = "Whether there are probes";
+        let mut gauge = encoder.encode_descriptor("probes_up", help, None, MetricType::Gauge)?;
+        up.encode(gauge.encode_family(&labels)?)?;
+        let help = "What the probes of all instances of this owner had no room for";
+        let mut losses =
+            encoder.encode_descriptor("probe_lost", help, None, MetricType::Counter)?;
+        let Lost { values, events, processes, begun } = self.probed.lost;
+        for (what, lost) in
+            [("values", values), ("events", events), ("processes", processes), ("begun", begun)]
+        {
+            let labels = [("instance", self.uuid.as_str()), ("what", what)];
+            ConstCounter::new(lost).encode(losses.encode_family(&labels)?)?;
         }
         let help = "Exits to user space by reason";
         let mut exits = encoder.encode_descriptor("exits", help, None, MetricType::Counter)?;
@@ -77,12 +92,7 @@ impl prometheus_client::collector::Collector for Instance {
                 ("role", row.role.name()),
                 ("what", row.metric.name()),
             ];
-            let buckets: Vec<(f64, u64)> = row
-                .histogram
-                .cells()
-                .map(|(_, _, high, cell)| (seconds(high), cell.count))
-                .chain([(f64::MAX, 0)])
-                .collect();
+            let buckets = by_octave(&row.histogram);
             let (sum, count) = (seconds(row.histogram.sum_ns()), row.histogram.count());
             let mut family = times.encode_family(&labels)?;
             family.encode_histogram::<prometheus_client::encoding::NoLabelSet>(
@@ -93,7 +103,40 @@ impl prometheus_client::collector::Collector for Instance {
     }
 }
 
+/// The bounds of all histograms are the same, so that those of several instances add up: powers of
+/// two from 256 ns to 17 s. What is longer is in the last bucket alone, which has no bound.
+fn by_octave(histogram: &Histogram) -> Vec<(f64, u64)> {
+    const OCTAVES: std::ops::RangeInclusive<u32> = 8..=34;
+    let bounds = OCTAVES.map(|octave| 1_u64 << octave);
+    let lowers = std::iter::once(0).chain(bounds.clone());
+    let mut buckets: Vec<(f64, u64)> = lowers
+        .zip(bounds)
+        .map(|(lower, bound)| {
+            let within = histogram.cells().filter(|(_, low, ..)| (lower..bound).contains(low));
+            (seconds(bound), within.map(|(_, _, _, cell)| cell.count).sum())
+        })
+        .collect();
+    let counted: u64 = buckets.iter().map(|(_, count)| count).sum();
+    buckets.push((f64::MAX, histogram.count() - counted));
+    buckets
+}
+
 #[expect(clippy::cast_precision_loss, reason = "2^53 ns are 104 days")]
 fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_are_the_same_and_nothing_falls_out() {
+        let one = Histogram::from(vec![(5, 2, 10), (100, 3, 3000), (527, 1, 70_000_000_000)]);
+        let buckets = by_octave(&one);
+        let bounds = |buckets: &[(f64, u64)]| buckets.iter().map(|(le, _)| *le).collect::<Vec<_>>();
+        assert_eq!(bounds(&buckets), bounds(&by_octave(&Histogram::default())));
+        assert_eq!((buckets[0].1, buckets.last().map(|last| last.1)), (2, Some(1)));
+        assert_eq!(buckets.iter().map(|(_, count)| count).sum::<u64>(), one.count());
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use ebpf_loader::{Event, EventKind, Level, Role};
+use ebpf_loader::{Event, EventKind, Level, Lost, Role};
 use runtime::fork::ForkReport;
 use runtime::owner::{Owner, OwnerError};
 use uuid::Uuid;
@@ -18,6 +18,8 @@ const AFTER: Duration = Duration::from_millis(3);
 const KEPT: usize = 65536;
 /// Events in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
 const TOLD: usize = 800;
+/// Events that take as much room as what the report says of a child.
+const REPORTED: usize = 3;
 /// What happened this long before the doorbell is shown: the exit that brought it.
 const BEFORE_NS: i64 = 20_000;
 const AFTER_NS: i64 = 1_000_000;
@@ -31,14 +33,19 @@ pub fn trace(
 ) -> Result<Answer, OwnerError> {
     // Everything, for as long as it takes.
     let level = owner.probes(|probes| probes.level()).unwrap_or_default();
-    let on =
-        |on, level| owner.probes(|probes| probes.set_level(level).and_then(|()| probes.trace(on)));
-    if let Some(Err(error)) = on(true, Level::Calls) {
+    let set = |level, on| {
+        let level = owner.probes(|probes| probes.set_level(level));
+        // Whatever came of the first.
+        let traced = owner.probes(|probes| probes.trace(on));
+        level.and_then(Result::err).or(traced.and_then(Result::err))
+    };
+    if let Some(error) = set(Level::Calls, true) {
+        drop(set(level, false));
         return Ok(Answer::Failed(runtime::sys::chain(&error)));
     }
     let result = traced(owner, uuid, branch, hung_up);
     // It was possible a moment ago; if not now, the events are dropped when there is no room.
-    drop(on(false, level));
+    drop(set(level, false));
     result
 }
 
@@ -48,6 +55,7 @@ fn traced(
     branch: bool,
     hung_up: impl Fn() -> bool,
 ) -> Result<Answer, OwnerError> {
+    let before = lost(owner);
     let number = |report: &ForkReport| report.number;
     let last = owner.with(uuid, |known| known.last_fork.as_ref().map(number))?;
     let mut events: Vec<Event> = Vec::new();
@@ -65,7 +73,11 @@ fn traced(
         let known = owner.with(uuid, |known| (known.last_fork.clone(), known.gone))?;
         match known {
             (Some(report), _) if Some(report.number) != last => break report,
-            (_, true) => return Err(OwnerError::Ended { uuid, code: 0, why: None }),
+            (_, true) => {
+                let exit = owner.with(uuid, |known| known.exit.clone())?;
+                let (code, why) = exit.unwrap_or((137, None));
+                return Err(OwnerError::Ended { uuid, code, why });
+            }
             _ if hung_up() => return Ok(Answer::Done),
             _ => std::thread::sleep(FETCH),
         }
@@ -73,11 +85,16 @@ fn traced(
     std::thread::sleep(AFTER);
     fetch();
     let parent_pid = owner.with(uuid, |known| known.pid.cast_unsigned())?;
-    let lost = owner.probes(|probes| probes.lost().unwrap_or_default()).unwrap_or_default();
+    let lost = lost(owner).since(&before);
     let mut told = of_fork(owner, &report, parent_pid, &events);
-    let left_out = told.len().saturating_sub(TOLD);
-    told.truncate(TOLD);
+    let room = TOLD.saturating_sub(report.children.len() * REPORTED);
+    let left_out = told.len().saturating_sub(room);
+    told.truncate(room);
     Ok(Answer::Traced(Box::new(Traced { report, parent_pid, events: told, left_out, lost })))
+}
+
+fn lost(owner: &Owner) -> Lost {
+    owner.probes(|probes| probes.lost().unwrap_or_default()).unwrap_or_default()
 }
 
 /// The events of parent and children around a fork, in order.

@@ -21,6 +21,7 @@ use super::report::ForkReport;
 use super::step::{ForkCause, ForkError, Step};
 use super::zygote::Zygote;
 use crate::instance::Instance;
+use crate::proto::Event;
 use crate::sys::{self, SysError, now_ns};
 
 /// Pages copied while the engine is held: about 30 µs, which is how long a fork can be kept waiting.
@@ -270,6 +271,7 @@ impl Keeper {
         drop(engine);
         self.zygote = Zygote::raise(instance.config(), link, image, head)?;
         instance.set_zygote_pid(self.zygote.pid());
+        instance.post(Event::Zygote { pid: self.zygote.pid().as_raw_nonzero().get() });
         Ok(())
     }
 

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 pub use control::Cradle;
 pub use gate::{Gate, Stopped};
-pub use root::run_root;
+pub use root::{READY, run_root};
 pub(crate) use vcpu::Action;
 
 use crate::beacon;

@@ -19,6 +19,9 @@ use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Writable};
 use crate::proto::{Envelope, Event, InstanceConfig, MAX_MESSAGE, Request};
 use crate::sys::{self, SysError, chain};
 
+/// The first message of a root.
+pub const READY: &[u8] = b"ready";
+
 /// Why a root instance could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -69,6 +72,8 @@ pub fn run_root(owner: &OwnedFd) -> i32 {
 }
 
 fn start(owner: &OwnedFd) -> Result<i32, StartError> {
+    // Whoever waits for it sees a process that is this program, and has forked nothing yet.
+    sys::send(owner, READY, &[])?;
     let config = receive_config(owner)?;
     check(&config)?;
     let host = Host::open()?;

@@ -3,11 +3,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::state::Shared;
+use crate::instance::READY;
 use crate::proto::{Envelope, MAX_MESSAGE};
 use crate::sys::{self, SysError};
 
@@ -80,6 +82,16 @@ fn accept(shared: &Shared, socket: &OwnedFd) {
             drop(shared.adopt(connection, false));
         }
     }
+}
+
+/// Whether a root has said that it is there, within `time`.
+pub(super) fn is_ready(root: &OwnedFd, time: Duration) -> bool {
+    let time = Timespec::try_from(time).ok();
+    let mut ready = [PollFd::new(root, PollFlags::IN)];
+    let there = rustix::io::retry_on_intr(|| poll(&mut ready, time.as_ref()));
+    let mut buffer = [0_u8; READY.len()];
+    there.is_ok_and(|ready| ready > 0)
+        && sys::receive(root, &mut buffer, RecvFlags::DONTWAIT).is_ok_and(|(len, _)| len > 0)
 }
 
 fn hear(shared: &Shared, number: u64, buffer: &mut [u8]) {

@@ -124,9 +124,12 @@ impl Owner {
         let (ours, theirs) = sys::socket_pair()?;
         let root = Root::spawn(&theirs)?;
         let pid = root.pid();
-        // Before it forks anything: it waits for its configuration still.
-        self.shared.watch.track(pid);
         drop(theirs);
+        // If it does not come that far, its connection tells.
+        if listen::is_ready(&ours, PATIENCE) {
+            // Before it forks anything: it waits for its configuration.
+            self.shared.watch.track(pid);
+        }
         self.roots().push(root);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
         listen::send(&ours, &request)?;

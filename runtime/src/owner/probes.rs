@@ -42,13 +42,35 @@ impl Watch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Measures a process of this program, and what it forks from now on.
+    /// Measures a root, and what it forks from now on.
     pub(super) fn track(&self, pid: u32) {
-        if let Some(probes) = &mut *self.lock()
-            && !probes.knows(pid)
+        if let Some(probes) = &mut *self.lock() {
+            insert(probes, pid);
+        }
+    }
+
+    /// The same of a process that an instance calls a relative of its own: by descent it is measured
+    /// already, unless it has executed this program anew. Does not wait: the listener calls it.
+    pub(super) fn track_relative(&self, pid: u32) {
+        if let Ok(mut probes) = self.0.try_lock()
+            && let Some(probes) = &mut *probes
+            && probes.descends(pid)
         {
-            // Without room it is not measured, which the losses tell.
-            probes.track(pid, beacon_of(pid).unwrap_or(0)).unwrap_or(());
+            insert(probes, pid);
+        }
+    }
+}
+
+fn insert(probes: &mut Probes, pid: u32) {
+    if probes.knows(pid) {
+        return;
+    }
+    if let Some(beacon) = beacon_of(pid) {
+        // Without room it is not measured, which the losses tell.
+        probes.track(pid, beacon).unwrap_or(());
+        // It may have ended before, and nobody would take it out.
+        if beacon_of(pid).is_none() {
+            probes.forget(pid);
         }
     }
 }

@@ -219,8 +219,8 @@ impl Shared {
 
     /// Takes in what came over connection `number`.
     pub(super) fn event(&self, number: u64, event: Event) {
-        if let Event::Hello { pid, .. } = &event {
-            self.watch.track(pid.cast_unsigned());
+        if let Event::Hello { pid, .. } | Event::Zygote { pid } = &event {
+            self.watch.track_relative(pid.cast_unsigned());
         }
         let mut state = self.state();
         if let Some(uuid) = state.event(number, &event) {
@@ -361,7 +361,7 @@ impl Known {
             self.last_fork = Some((**report).clone());
         }
         match event {
-            Event::Hello { .. } => {}
+            Event::Hello { .. } | Event::Zygote { .. } => {}
             Event::Forked(_) | Event::Done { .. } | Event::Console { .. } | Event::Note { .. }
                 if memory == Memory::Little => {}
             Event::Reply { id, result } => {
