@@ -72,15 +72,6 @@ fn count(counted: &Counted, roles: &[Role], metrics: &[Metric]) -> u64 {
     counted.iter().filter(|(key, _)| wanted(key)).map(|(_, histogram)| histogram.count()).sum()
 }
 
-const OWN: [Metric; 6] = [
-    Metric::GuestCow,
-    Metric::GuestMinor,
-    Metric::GuestMajor,
-    Metric::OwnCow,
-    Metric::OwnMinor,
-    Metric::OwnMajor,
-];
-
 /// Page faults of a process, as the kernel counts them in `/proc`: minor and major.
 fn faults_of(pid: u32) -> Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -98,7 +89,7 @@ fn getrusage() -> Result<()> {
     probes.track(pid, 0)?;
     let read = |probes: &mut Probes| -> Result<u64> {
         let all = probes.read()?;
-        Ok(all.get(&pid).map_or(0, |all| count(all, &[], &OWN)))
+        Ok(all.get(&pid).map_or(0, |all| count(all, &[], &Metric::PROCESS_FAULTS)))
     };
     let (was, counted_before) = (faults_of(pid)?, read(&mut probes)?);
     let mut memory = vec![0_u8; PAGES * 4096];
@@ -150,14 +141,14 @@ fn of_a_child() -> Result<()> {
         let child = &report.children[0];
         rig.owner.wait_for(child.uuid, PATIENCE)?;
         let all = counted(&rig, child.uuid)?;
-        let process = count(&all, &[Role::Child], &OWN);
+        let process = count(&all, &[Role::Child], &Metric::PROCESS_FAULTS);
         let guest = count(&all, &[Role::Child], &[Metric::KvmFault]);
         let engine = u64::from(child.faults);
         // The engine looks before the standby sleeps: another thread may fault meanwhile.
         ensure!(process <= engine, "{process} of the process and {guest} of the guest, {engine}");
         same += u64::from(process == engine);
         faults += process;
-        ensure!(count(&all, &[Role::Standby], &OWN) > 0, "{all:?}");
+        ensure!(count(&all, &[Role::Standby], &Metric::PROCESS_FAULTS) > 0, "{all:?}");
         rig.kill(child.uuid)?;
         rig.standbys(1)?;
     }
@@ -224,7 +215,7 @@ fn raised() -> Result<()> {
     rig.standbys(1)?;
     let child = rig.branch(rig.root, 1)?[0];
     let all = counted(&rig, child)?;
-    ensure!(count(&all, &[Role::Standby], &OWN) > 0, "{:?}", all.keys());
+    ensure!(count(&all, &[Role::Standby], &Metric::PROCESS_FAULTS) > 0, "{:?}", all.keys());
     Ok(())
 }
 
@@ -249,7 +240,7 @@ fn ended() -> Result<()> {
     let live = rig.owner.probes(Probes::read).context("no probes")??;
     ensure!(live.len() <= before[0], "of {} processes something is kept", live.len());
     let ended = rig.owner.probes(|probes| probes.ended().clone()).context("no probes")?;
-    ensure!(count(&ended, &[Role::Standby], &OWN) > 20, "{ended:?}");
+    ensure!(count(&ended, &[Role::Standby], &Metric::PROCESS_FAULTS) > 20, "{ended:?}");
     Ok(())
 }
 

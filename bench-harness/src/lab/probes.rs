@@ -32,24 +32,11 @@ const WHERE: u32 = 30;
 const LEVELS: [(Level, &str); 4] =
     [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Calls, "calls")];
 
-/// Page faults of a process.
-const PROCESS: [Metric; 6] = [
-    Metric::GuestCow,
-    Metric::GuestMinor,
-    Metric::GuestMajor,
-    Metric::OwnCow,
-    Metric::OwnMinor,
-    Metric::OwnMajor,
-];
-
-/// Those of them in guest memory.
-const GUEST: [Metric; 3] = [Metric::GuestCow, Metric::GuestMinor, Metric::GuestMajor];
-
 /// What is told of each child: metric, role, what is added up.
 const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
-    ("child_process_faults", Role::Child, &PROCESS),
+    ("child_process_faults", Role::Child, &Metric::PROCESS_FAULTS),
     ("child_guest_faults", Role::Child, &[Metric::KvmFault]),
-    ("young_process_faults", Role::Young, &PROCESS),
+    ("young_process_faults", Role::Young, &Metric::PROCESS_FAULTS),
     ("young_guest_faults", Role::Young, &[Metric::KvmFault]),
     ("young_exits", Role::Young, &[Metric::Exits]),
 ];
@@ -147,7 +134,9 @@ fn places(bench: &mut Bench<'_>) -> Result<(), LabError> {
             let metric = u8::try_from(event.detail >> 32).ok().and_then(Metric::from_number);
             let name = match EventKind::from_number(event.kind) {
                 Some(EventKind::KvmFault) => "guest_fault_page",
-                Some(EventKind::Fault) if metric.is_some_and(|metric| GUEST.contains(&metric)) => {
+                Some(EventKind::Fault)
+                    if metric.is_some_and(|metric| Metric::GUEST_FAULTS.contains(&metric)) =>
+                {
                     "process_fault_page"
                 }
                 _ => continue,

@@ -1,5 +1,35 @@
 //! What is counted, and whose it is.
 
+/// Numbers and names of the variants of an enumeration.
+macro_rules! named {
+    ($type:ident { $($variant:ident: $name:literal,)+ }) => {
+        impl $type {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The one with that number.
+            #[must_use]
+            pub fn from_number(number: u8) -> Option<Self> {
+                Self::ALL.iter().copied().find(|one| *one as u8 == number)
+            }
+
+            /// The one of that name.
+            #[must_use]
+            pub fn from_name(name: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|one| one.name() == name)
+            }
+
+            /// Its name in output.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name),+
+                }
+            }
+        }
+    };
+}
+
 /// Who a process is at the moment of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
@@ -19,37 +49,18 @@ pub enum Role {
 }
 
 impl Role {
-    /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Unknown, Self::Parent, Self::Zygote, Self::Standby, Self::Child, Self::Young];
     /// How long an instance is young, in ns.
     pub const YOUNG_NS: u64 = 1_000_000;
-
-    /// The role with that number.
-    #[must_use]
-    pub fn from_number(number: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|role| *role as u8 == number)
-    }
-
-    /// The role of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|role| role.name() == name)
-    }
-
-    /// Its name in output.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Unknown => "unknown",
-            Self::Parent => "parent",
-            Self::Zygote => "zygote",
-            Self::Standby => "standby",
-            Self::Child => "child",
-            Self::Young => "young",
-        }
-    }
 }
+
+named!(Role {
+    Unknown: "unknown",
+    Parent: "parent",
+    Zygote: "zygote",
+    Standby: "standby",
+    Child: "child",
+    Young: "young",
+});
 
 /// What is counted. Times are in ns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -78,46 +89,28 @@ pub enum Metric {
 }
 
 impl Metric {
-    /// All of them.
-    pub const ALL: [Self; 10] = [
+    /// Page faults of the process in guest memory.
+    pub const GUEST_FAULTS: [Self; 3] = [Self::GuestCow, Self::GuestMinor, Self::GuestMajor];
+    /// Page faults of the process.
+    pub const PROCESS_FAULTS: [Self; 6] = [
         Self::GuestCow,
         Self::GuestMinor,
         Self::GuestMajor,
         Self::OwnCow,
         Self::OwnMinor,
         Self::OwnMajor,
-        Self::KvmFault,
-        Self::Exits,
-        Self::OffCpu,
-        Self::Ioctl,
     ];
-
-    /// The metric with that number.
-    #[must_use]
-    pub fn from_number(number: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|metric| *metric as u8 == number)
-    }
-
-    /// The metric of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|metric| metric.name() == name)
-    }
-
-    /// Its name in output.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::GuestCow => "guest_cow",
-            Self::GuestMinor => "guest_minor",
-            Self::GuestMajor => "guest_major",
-            Self::OwnCow => "own_cow",
-            Self::OwnMinor => "own_minor",
-            Self::OwnMajor => "own_major",
-            Self::KvmFault => "kvm_fault",
-            Self::Exits => "exits",
-            Self::OffCpu => "off_cpu",
-            Self::Ioctl => "ioctl",
-        }
-    }
 }
+
+named!(Metric {
+    GuestCow: "guest_cow",
+    GuestMinor: "guest_minor",
+    GuestMajor: "guest_major",
+    OwnCow: "own_cow",
+    OwnMinor: "own_minor",
+    OwnMajor: "own_major",
+    KvmFault: "kvm_fault",
+    Exits: "exits",
+    OffCpu: "off_cpu",
+    Ioctl: "ioctl",
+});
