@@ -237,6 +237,10 @@ fn compared() -> Result<(), Failed> {
     for baseline in ["cold_create_us", "process_fork_us", "posix_spawn_us"] {
         assert!(run.baselines_us.contains_key(baseline), "{baseline}: {:?}", run.notes);
     }
+    // A parent that writes nothing: a cold machine after each of the few forks, not in a row.
+    let plain = self::run("vcpus", Options { compare: true, ..BARE })?;
+    assert_eq!(plain.baselines_us["cold_create_us"].len(), 4, "{:?}", plain.baselines_us);
+    assert_eq!(plain.recorder.forks(), 4, "forks that do not count are counted");
     Ok(())
 }
 
