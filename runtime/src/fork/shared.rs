@@ -162,6 +162,8 @@ impl Shared {
         // From here on this process outlives its parent, if the fork succeeds.
         sys::die_with_parent(false);
         let block = self.link.fork();
+        // Before anybody can count on this vCPU: the slot may be another standby's soon after.
+        let own = self.link.slot(self.slot).fork.load(Ordering::Acquire);
         let vcpus = u32::try_from(self.base.vcpus.len()).unwrap_or(1);
         let all = block.children.load(Ordering::Relaxed) * vcpus;
         if block.ready.fetch_add(1, Ordering::AcqRel) + 1 == all {
@@ -177,7 +179,6 @@ impl Shared {
                 return Ok(());
             }
         }
-        let own = self.link.slot(self.slot).fork.load(Ordering::Acquire);
         let begin = now_ns();
         loop {
             let seen = block.decision.load(Ordering::Acquire);

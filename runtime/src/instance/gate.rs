@@ -35,6 +35,9 @@ const SPIN_NS: u64 = 100_000;
 pub struct Gate {
     /// How many want it closed: vCPUs stop at the gate while this is not 0.
     closed: AtomicU32,
+    /// Held while it is closed by one more, and while it opens: who closes it anew must not take a
+    /// vCPU for held that is being let go.
+    turning: Mutex<()>,
     /// Futex: changes when a vCPU stops.
     stops: AtomicU32,
     quit: AtomicBool,
@@ -77,6 +80,7 @@ impl Gate {
         };
         Self {
             closed: AtomicU32::new(0),
+            turning: Mutex::default(),
             stops: AtomicU32::new(0),
             quit: AtomicBool::new(false),
             vcpus: kicks.map(seat).collect(),
@@ -222,7 +226,9 @@ impl Gate {
     /// Stops every vCPU but `own` and returns when all have stopped and saved their state.
     /// `None` if they did not within `timeout`; they are let go then.
     pub fn stop(&self, own: Option<usize>, timeout: Duration) -> Option<Stopped<'_>> {
+        let turning = self.turning.lock().unwrap_or_else(PoisonError::into_inner);
         self.closed.fetch_add(1, Ordering::SeqCst);
+        drop(turning);
         let stopped = Stopped { gate: self, others: self.others(own).next().is_some() };
         for (_, seat) in self.others(own) {
             let state = &seat.state;
@@ -271,6 +277,7 @@ impl Gate {
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         let gate = self.gate;
+        let _turning = gate.turning.lock().unwrap_or_else(PoisonError::into_inner);
         if gate.closed.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
