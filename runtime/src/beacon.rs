@@ -4,7 +4,8 @@
 //! telling costs a store. A forked process has it at the same address, so a child needs to say only
 //! what changed. Nothing here is needed for anything else; without probes nobody reads it.
 //!
-//! The moments of a fork are marks for tracers, too (USDT `ukp:stage`, with the moment's number):
+//! The moments of a fork are marks for tracers, too (USDT `ukp:stage`, with the moment's number and
+//! its time, in ns of the monotonic clock):
 //! one instruction without effect where nobody traces.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -22,6 +23,7 @@ struct Beacon {
     guest_start: AtomicU64,
     guest_len: AtomicU64,
     born_ns: AtomicU64,
+    stage_ns: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Beacon>() == size_of::<ebpf_common::Beacon>());
@@ -32,6 +34,7 @@ static BEACON: Beacon = Beacon {
     guest_start: AtomicU64::new(0),
     guest_len: AtomicU64::new(0),
     born_ns: AtomicU64::new(0),
+    stage_ns: AtomicU64::new(0),
 };
 
 /// Its address in this process and in those that it forks.
@@ -57,14 +60,15 @@ pub fn born(ns: u64) {
     role(Role::Parent);
 }
 
-/// A moment of a fork is reached in this process. What happens from now on belongs to what comes
-/// after it.
+/// A moment of a fork was reached in this process at `ns`. What happens from now on belongs to what
+/// comes after it.
 // Never inlined, so that there is one mark.
 #[inline(never)]
-pub fn moment(moment: Moment) {
+pub fn moment(moment: Moment, ns: u64) {
     let number = moment as u32 + 1;
+    BEACON.stage_ns.store(ns, Relaxed);
     BEACON.stage.store(number, Relaxed);
-    probe::probe!(ukp, stage, number);
+    probe::probe!(ukp, stage, number, ns);
     if matches!(moment, Moment::Resumed | Moment::Exited) {
         BEACON.stage.store(0, Relaxed);
     }

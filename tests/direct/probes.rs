@@ -12,10 +12,10 @@ use runtime::fork::{ForkReport, Moment};
 use runtime::memory::BackingKind;
 use runtime::proto::{InstanceConfig, Request};
 use tests::case::Case;
+use tests::probes::counted;
 use tests::program::{dirty, fork};
 use tests::rig::{PATIENCE, Rig};
 use tests::{census, host};
-use uuid::Uuid;
 
 /// Makes this program load probes and say so, and wait.
 pub const LOAD_AND_WAIT: &str = "UKP_TEST_LOAD_PROBES";
@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
     let mut cases = vec![
         Case::new("probes::faults_of_a_process_are_those_of_getrusage", getrusage),
         Case::new("probes::a_child_s_faults_are_those_that_the_engine_saw", of_a_child),
+        Case::new("probes::faults_and_exits_are_those_of_kvm_s_own_statistics", of_kvm),
         Case::new("probes::every_program_loads_by_itself_or_says_why_not", each),
         Case::new("probes::what_is_missing_is_said_in_one_line", lacking),
         Case::new("probes::nothing_is_kept_of_children_that_have_ended", ended),
@@ -51,13 +52,6 @@ fn rig(config: InstanceConfig) -> Result<Rig> {
 
 fn small() -> InstanceConfig {
     InstanceConfig { memory_mib: 32, ..<_>::default() }
-}
-
-/// What was counted of an instance so far.
-fn counted(rig: &Rig, uuid: Uuid) -> Result<Counted> {
-    let pid = u32::try_from(rig.pid(uuid)?)?;
-    let all = rig.owner.probes(Probes::read).context("no probes")??;
-    all.get(&pid).cloned().context("nothing was counted of it")
 }
 
 fn lost(rig: &Rig) -> Result<Lost> {
@@ -219,11 +213,17 @@ fn raised() -> Result<()> {
     Ok(())
 }
 
+fn of_kvm() -> Result<()> {
+    let rig = rig(InstanceConfig { memory_mib: 64, ..<_>::default() })?;
+    tests::probes::agree_with_kvm(&rig)
+}
+
 /// Neither they nor what their threads began; what was counted of them is added up.
 fn ended() -> Result<()> {
     let rig = rig(small())?;
     let held = |rig: &Rig| -> Result<[usize; 2]> {
-        Ok(rig.owner.probes(Probes::held).context("no probes")??)
+        let held = |probes: &mut Probes| probes.read().and_then(|_| probes.held());
+        Ok(rig.owner.probes(held).context("no probes")??)
     };
     let before = held(&rig)?;
     let children = rig.branch(rig.root, 20)?;
@@ -248,6 +248,7 @@ fn ended() -> Result<()> {
 fn moments(report: &ForkReport) -> Vec<(Moment, u64)> {
     let (parent, child) = (&report.parent, &report.children[0]);
     vec![
+        (Moment::Doorbell, 0),
         (Moment::Woken, parent.woken),
         (Moment::Quiesced, parent.quiesced),
         (Moment::Settled, parent.settled),
@@ -262,11 +263,35 @@ fn moments(report: &ForkReport) -> Vec<(Moment, u64)> {
     ]
 }
 
-/// A mark comes after its stamp, by as long as the kernel takes to hear of it.
+/// Stages between two moments of a report.
+const STAGES: [(Metric, Moment, Moment); 10] = [
+    (Metric::StageTakeWake, Moment::Doorbell, Moment::Woken),
+    (Metric::StageQuiesce, Moment::Woken, Moment::Quiesced),
+    (Metric::StageSettle, Moment::Quiesced, Moment::Settled),
+    (Metric::StageCapturePages, Moment::Settled, Moment::Pages),
+    (Metric::StageCaptureState, Moment::Pages, Moment::Released),
+    (Metric::StageResume, Moment::Released, Moment::Resumed),
+    (Metric::StageApply, Moment::Awake, Moment::Applied),
+    (Metric::StageRestore, Moment::Applied, Moment::Restored),
+    (Metric::StageCommit, Moment::Restored, Moment::Entered),
+    (Metric::StageRun, Moment::Entered, Moment::Exited),
+];
+
+/// The kernel's times of a fork's stages are the engine's: one by one in a trace, where a mark comes
+/// after its stamp by as long as the kernel takes to hear of it, and in the histograms.
 fn stages() -> Result<()> {
+    const FORKS: u64 = 20;
     let rig = rig(small())?;
     let mut late: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
-    for _ in 0..20 {
+    let mut stamped: BTreeMap<Metric, u64> = BTreeMap::new();
+    let mut marked: BTreeMap<Metric, (u64, u64)> = BTreeMap::new();
+    let mut note = |counted: &Counted| {
+        for ((_, metric), histogram) in counted {
+            let sum = marked.entry(*metric).or_default();
+            *sum = (sum.0 + histogram.count(), sum.1 + histogram.sum_ns());
+        }
+    };
+    for _ in 0..FORKS {
         rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
         let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
         rig.results(rig.root, 0, seq)?;
@@ -275,20 +300,29 @@ fn stages() -> Result<()> {
         rig.owner.wait_for(child, PATIENCE)?;
         let events = rig.owner.probes(Probes::events).context("no probes")?;
         let pids = [u32::try_from(rig.pid(rig.root)?)?, u32::try_from(rig.pid(child)?)?];
-        for (moment, at) in moments(&report) {
+        let moments = moments(&report);
+        // The doorbell was there before there was time to mark it.
+        for (moment, at) in moments.iter().skip(1) {
             let mut marks = events.iter().filter(|event| {
                 event.kind == EventKind::Stage as u8
-                    && event.what == moment as u64 + 1
+                    && event.what == *moment as u64 + 1
                     && pids.contains(&event.pid)
             });
             let Some(mark) = marks.next_back() else { bail!("no mark of {moment:?}") };
             let mark = mark.ns.checked_sub(report.parent.doorbell_ns + at);
             let mark = mark.with_context(|| format!("{moment:?} was marked before it was"))?;
-            late.entry(moment as usize).or_default().push(mark);
+            late.entry(*moment as usize).or_default().push(mark);
         }
+        let at = |wanted: Moment| moments.iter().find(|(moment, _)| *moment == wanted);
+        for (stage, from, to) in STAGES {
+            let (from, to) = at(from).zip(at(to)).context("a stage without moments")?;
+            *stamped.entry(stage).or_default() += to.1 - from.1;
+        }
+        note(&counted(&rig, child)?);
         rig.kill(child)?;
         rig.standbys(1)?;
     }
+    note(&counted(&rig, rig.root)?);
     // What is alike for all is no part of a stage, which lies between two marks.
     let median = |late: &mut Vec<u64>| {
         late.sort_unstable();
@@ -300,6 +334,11 @@ fn stages() -> Result<()> {
     let medians: Vec<u64> = late.values_mut().map(median).collect();
     let spread = medians.iter().max().zip(medians.iter().min()).map(|(most, least)| most - least);
     ensure!(spread.is_some_and(|ns| ns <= 1000), "marks are late by {medians:?} ns");
+    for (stage, ns) in stamped {
+        let (count, sum) = marked.get(&stage).copied().unwrap_or_default();
+        ensure!(count == FORKS, "{} was counted {count} times of {FORKS}", stage.name());
+        ensure!(sum == ns, "{}: {sum} ns, stamped {ns} ns", stage.name());
+    }
     Ok(())
 }
 

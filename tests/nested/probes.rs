@@ -14,6 +14,7 @@ pub fn cases() -> Vec<Inside> {
         ("probes::every_part_is_measured_here", every_part),
         ("probes::every_program_loads_by_itself", each),
         ("probes::faults_and_exits_of_a_guest_are_counted", of_a_guest),
+        ("probes::faults_and_exits_are_those_of_kvm_s_own_statistics", of_kvm),
     ]
 }
 
@@ -50,6 +51,11 @@ fn each() -> Result<()> {
     let refused: Vec<_> = all.iter().filter(|one| one.refused.is_some()).collect();
     ensure!(all.len() >= 30 && refused.is_empty(), "of {}: {refused:?}", all.len());
     Ok(())
+}
+
+fn of_kvm() -> Result<()> {
+    let config = InstanceConfig { memory_mib: 32, ..<_>::default() };
+    tests::probes::agree_with_kvm(&Rig::probed(config, Level::Calls)?)
 }
 
 fn of_a_guest() -> Result<()> {

@@ -16,5 +16,6 @@ pub mod elf;
 pub mod host;
 pub mod memory;
 pub mod nested;
+pub mod probes;
 pub mod program;
 pub mod rig;

@@ -3,7 +3,8 @@
 //! | | is |
 //! | --- | --- |
 //! | [`Beacon`] | what a process of ours says about itself, read by the probes where it lies |
-//! | [`Tracked`] | what the probes know of a process |
+//! | [`Tracked`], [`Thread`] | what the probes know of a process and of a thread |
+//! | [`Sample`] | one value, of a process that is new |
 //! | [`CellKey`], [`Cell`] | one bucket of one histogram |
 //! | [`Metric`] | what is counted |
 //! | [`bucket`] | which bucket a value goes to |
@@ -33,6 +34,8 @@ pub struct Beacon {
     pub guest_len: u64,
     /// When it ran its guest first, in ns of the monotonic clock; 0 if it did not yet.
     pub born_ns: u64,
+    /// When `stage` began, in ns of the monotonic clock.
+    pub stage_ns: u64,
 }
 
 /// What the probes know of a process, by its id.
@@ -41,10 +44,72 @@ pub struct Beacon {
 pub struct Tracked {
     /// Address of its [`Beacon`]; 0 if that is not known.
     pub beacon: u64,
-    /// Not 0: its events are sent one by one, too.
-    pub traced: u32,
+    /// When the last stage of a fork began that it marked, in ns of the monotonic clock.
+    pub stage_ns: u64,
+    /// And which.
+    pub stage: u32,
     /// The [`Role`] that it had when it was heard of last.
     pub role: u32,
+}
+
+/// Values that are kept in a thread's own entry.
+///
+/// A fork's child is a process that nothing was counted of before: each new bucket of a histogram
+/// would cost it a microsecond. Its first values are written one after the other instead.
+pub const SAMPLES: usize = 49;
+
+/// Things that a thread can be in the midst of at the same time.
+pub const KINDS: usize = 4;
+
+/// What the probes know of a thread, by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Thread {
+    /// Its process.
+    pub pid: u32,
+    /// Not 0: it has ended.
+    pub ended: u32,
+    /// How many of `samples` there are.
+    pub used: u64,
+    /// What it waits for the end of.
+    pub begun: [Begun; KINDS],
+    /// [`Sample::word`]s.
+    pub samples: [u64; SAMPLES],
+}
+
+/// Words of a [`Thread`].
+pub const THREAD_WORDS: usize = size_of::<Thread>() / 8;
+
+/// One value of one metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// A [`Role`].
+    pub role: u8,
+    /// A [`Metric`].
+    pub metric: u8,
+    /// In ns; for [`Metric::Exits`] the reason.
+    pub value: u64,
+}
+
+impl Sample {
+    /// The highest value: three days.
+    pub const MOST: u64 = (1 << 48) - 1;
+
+    /// As it is kept.
+    #[inline]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        let value = if self.value > Self::MOST { Self::MOST } else { self.value };
+        (self.role as u64) << 56 | (self.metric as u64) << 48 | value
+    }
+
+    /// The same backwards.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "parts of a word")]
+    pub const fn from_word(word: u64) -> Self {
+        let (role, metric) = ((word >> 56) as u8, (word >> 48) as u8);
+        Self { role, metric, value: word & Self::MOST }
+    }
 }
 
 /// One bucket of one histogram.
@@ -64,15 +129,27 @@ pub struct CellKey {
 impl Tracked {
     /// As the loader reads and writes it.
     #[must_use]
-    pub const fn words(self) -> [u64; 2] {
-        [self.beacon, self.traced as u64 | (self.role as u64) << 32]
+    pub const fn words(self) -> [u64; 3] {
+        [self.beacon, self.stage_ns, self.stage as u64 | (self.role as u64) << 32]
     }
 
     /// The same backwards.
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
-    pub const fn from_words([beacon, rest]: [u64; 2]) -> Self {
-        Self { beacon, traced: rest as u32, role: (rest >> 32) as u32 }
+    pub const fn from_words([beacon, stage_ns, rest]: [u64; 3]) -> Self {
+        Self { beacon, stage_ns, stage: rest as u32, role: (rest >> 32) as u32 }
+    }
+}
+
+impl Thread {
+    /// Its process, whether it has ended, and its samples, from what lies in memory.
+    #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
+    pub fn from_words(words: &[u64; THREAD_WORDS]) -> (u32, bool, impl Iterator<Item = Sample>) {
+        const HEAD: usize = THREAD_WORDS - SAMPLES;
+        let used = usize::try_from(words[1]).unwrap_or(usize::MAX).min(SAMPLES);
+        let samples = words[HEAD..HEAD + used].iter();
+        let ended = words[0] >> 32 != 0;
+        (words[0] as u32, ended, samples.map(|word| Sample::from_word(*word)))
     }
 }
 
@@ -109,8 +186,8 @@ pub struct Cell {
     pub sum: u64,
 }
 
-/// A fault, a call or a wake-up that has begun, by the thread that waits for its end.
-#[derive(Clone, Copy, Debug, Default)]
+/// A fault, a call or a wake-up that has begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Begun {
     /// When, in ns of the monotonic clock; 0: nothing has.
@@ -129,8 +206,8 @@ pub mod lost {
     pub const EVENTS: u32 = 1;
     /// No room for another process.
     pub const PROCESSES: u32 = 2;
-    /// No room for something that has begun.
-    pub const BEGUN: u32 = 3;
+    /// No room for another thread.
+    pub const THREADS: u32 = 3;
     /// Number of slots.
     pub const SLOTS: u32 = 4;
 }
@@ -144,8 +221,33 @@ mod tests {
         let key = CellKey { pid: 0x0403_0201, role: 5, metric: 6, bucket: 0x0807 };
         assert_eq!(key.word(), 0x0807_0605_0403_0201);
         assert_eq!(CellKey::from_word(key.word()), key);
-        let tracked = Tracked { beacon: 7, traced: 1, role: 2 };
-        assert_eq!(tracked.words(), [7, 0x2_0000_0001]);
+        let tracked = Tracked { beacon: 7, stage_ns: 8, stage: 1, role: 2 };
+        assert_eq!(tracked.words(), [7, 8, 0x2_0000_0001]);
         assert_eq!(Tracked::from_words(tracked.words()), tracked);
+    }
+
+    #[test]
+    fn samples_are_kept_whole() {
+        for value in [0, 1, 0xff, Sample::MOST] {
+            let sample = Sample { role: 5, metric: 0xfe, value };
+            assert_eq!(Sample::from_word(sample.word()), sample);
+        }
+        let long = Sample { role: 1, metric: 2, value: u64::MAX };
+        assert_eq!(Sample::from_word(long.word()).value, Sample::MOST);
+    }
+
+    #[test]
+    fn a_thread_is_read_as_it_lies_in_memory() {
+        let sample = |value| Sample { role: 4, metric: 1, value };
+        let mut words = [0; THREAD_WORDS];
+        let first = core::mem::offset_of!(Thread, samples) / 8;
+        (words[0], words[1]) = (0x1_0000_0007, 2);
+        (words[first], words[first + 1]) = (sample(5).word(), sample(6).word());
+        words[first + 2] = sample(7).word();
+        let (pid, ended, samples) = Thread::from_words(&words);
+        assert_eq!((pid, ended), (7, true));
+        assert!(samples.eq([sample(5), sample(6)]));
+        words[1] = u64::MAX;
+        assert_eq!(Thread::from_words(&words).2.count(), SAMPLES);
     }
 }

@@ -86,9 +86,32 @@ pub enum Metric {
     OffCpu = 8,
     /// `ioctl` calls to KVM.
     Ioctl = 9,
+    /// Stages of a fork in the parent, from one mark of the engine to the next.
+    StageTakeWake = Self::STAGES + 2,
+    /// Until the other vCPUs are stopped.
+    StageQuiesce = Self::STAGES + 3,
+    /// Until the doorbell's instruction is finished.
+    StageSettle = Self::STAGES + 4,
+    /// Until dirty pages are in the journal.
+    StageCapturePages = Self::STAGES + 5,
+    /// Until state is captured.
+    StageCaptureState = Self::STAGES + 6,
+    /// Until the parent goes on.
+    StageResume = Self::STAGES + 7,
+    /// Stages in the child: until all pages are in its memory.
+    StageApply = Self::STAGES + 9,
+    /// Until its state is set.
+    StageRestore = Self::STAGES + 10,
+    /// Until all siblings agree.
+    StageCommit = Self::STAGES + 11,
+    /// Until it is out of the guest for the first time.
+    StageRun = Self::STAGES + 12,
 }
 
 impl Metric {
+    /// The mark of the engine that ends a stage (see [`Beacon::stage`](crate::Beacon::stage)) and
+    /// this number are the stage's.
+    pub const STAGES: u8 = 16;
     /// Page faults of the process in guest memory.
     pub const GUEST_FAULTS: [Self; 3] = [Self::GuestCow, Self::GuestMinor, Self::GuestMajor];
     /// Page faults of the process.
@@ -113,4 +136,14 @@ named!(Metric {
     Exits: "exits",
     OffCpu: "off_cpu",
     Ioctl: "ioctl",
+    StageTakeWake: "stage_take_wake",
+    StageQuiesce: "stage_quiesce",
+    StageSettle: "stage_settle",
+    StageCapturePages: "stage_capture_pages",
+    StageCaptureState: "stage_capture_state",
+    StageResume: "stage_resume",
+    StageApply: "stage_apply",
+    StageRestore: "stage_restore",
+    StageCommit: "stage_commit",
+    StageRun: "stage_run",
 });

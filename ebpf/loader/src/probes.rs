@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use aya::maps::{HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, EbpfLoader};
-use ebpf_common::{Cell, CellKey, Metric, Role, Tracked, lost};
+use ebpf_common::{
+    Cell, CellKey, Metric, Role, Sample, THREAD_WORDS, Thread, Tracked, bucket, lost,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::attach::{self, FAULTS_END, PARTS, Way};
@@ -51,6 +53,12 @@ pub struct Refused {
     pub reason: String,
 }
 
+impl std::fmt::Display for Refused {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{} by {}: {}", self.program, self.how, self.reason)
+    }
+}
+
 /// A program by itself, with one combination of constants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Surveyed {
@@ -73,8 +81,8 @@ pub struct Lost {
     pub events: u64,
     /// Processes.
     pub processes: u64,
-    /// Things that began.
-    pub begun: u64,
+    /// Threads: what they began, and what was counted of them while they were new.
+    pub threads: u64,
 }
 
 impl Lost {
@@ -85,7 +93,7 @@ impl Lost {
             values: self.values.saturating_sub(before.values),
             events: self.events.saturating_sub(before.events),
             processes: self.processes.saturating_sub(before.processes),
-            begun: self.begun.saturating_sub(before.begun),
+            threads: self.threads.saturating_sub(before.threads),
         }
     }
 
@@ -276,13 +284,12 @@ impl Probes {
     ///
     /// If there is no room for it.
     pub fn track(&mut self, pid: u32, beacon: u64) -> Result<(), ProbeError> {
-        let mut processes = processes(&mut self.ebpf)?;
-        let known = processes.get(&pid, 0).ok().map(Tracked::from_words);
+        let known = self.tracked(pid);
         if known.is_some_and(|known| known.beacon == beacon) {
             return Ok(());
         }
         let known = known.unwrap_or_default();
-        processes
+        processes(&mut self.ebpf)?
             .insert(pid, Tracked { beacon, ..known }.words(), 0)
             .map_err(ProbeError::map("PROCESSES"))
     }
@@ -309,7 +316,7 @@ impl Probes {
 
     fn tracked(&self, pid: u32) -> Option<Tracked> {
         let map = self.ebpf.map("PROCESSES")?;
-        let processes = HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok()?;
+        let processes = HashMap::<&MapData, u32, [u64; 3]>::try_from(map).ok()?;
         processes.get(&pid, 0).ok().map(Tracked::from_words)
     }
 
@@ -320,35 +327,49 @@ impl Probes {
     ///
     /// If the maps cannot be read.
     pub fn read(&mut self) -> Result<BTreeMap<u32, Counted>, ProbeError> {
-        let mut counted = BTreeMap::<u32, BTreeMap<CellKey, Cell>>::new();
-        let cells = cells(&mut self.ebpf)?;
-        for entry in &cells {
-            let (key, values) = entry.map_err(ProbeError::map("CELLS"))?;
-            let key = CellKey::from_word(key);
-            counted.entry(key.pid).or_default().insert(key, sum(&values));
+        let mut all = BTreeMap::<u32, Entries>::new();
+        for entry in &threads(&mut self.ebpf)? {
+            let (tid, words) = entry.map_err(ProbeError::map("THREADS"))?;
+            let pid = Thread::from_words(&words).0;
+            all.entry(pid).or_default().threads.push((tid, words));
+        }
+        for entry in &cells(&mut self.ebpf)? {
+            let (word, values) = entry.map_err(ProbeError::map("CELLS"))?;
+            let key = CellKey::from_word(word);
+            all.entry(key.pid).or_default().cells.push((key, sum(&values)));
         }
         // In this order: whoever is not among them now counts nothing any more.
-        let processes = processes(&mut self.ebpf)?;
-        let live: BTreeSet<u32> = processes.keys().filter_map(Result::ok).collect();
-        let (live, ended): (BTreeMap<_, _>, BTreeMap<_, _>) =
-            counted.into_iter().partition(|(pid, _)| live.contains(pid));
-        let mut cells = self::cells(&mut self.ebpf)?;
-        for key in ended.into_values().flat_map(BTreeMap::into_keys) {
-            // What it counted last may have come after the first look. An error: somebody was faster.
+        let live: BTreeSet<u32> =
+            processes(&mut self.ebpf)?.keys().filter_map(Result::ok).collect();
+        let (live, gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            all.into_iter().partition(|(pid, _)| live.contains(pid));
+        for (pid, entries) in gone {
+            self.bury(pid, &entries)?;
+        }
+        Ok(live.into_iter().map(|(pid, entries)| (pid, entries.counted())).collect())
+    }
+
+    /// Takes what was counted of a process that has ended out of the kernel.
+    fn bury(&mut self, pid: u32, entries: &Entries) -> Result<(), ProbeError> {
+        // What it counted last may have come after the first look. An error: somebody was faster.
+        let mut threads = threads(&mut self.ebpf)?;
+        for (tid, _) in &entries.threads {
+            if let Ok(words) = threads.get(tid, 0)
+                && Thread::from_words(&words).0 == pid
+                && threads.remove(tid).is_ok()
+            {
+                add_samples(&mut self.ended, &words);
+            }
+        }
+        let mut cells = cells(&mut self.ebpf)?;
+        for (key, _) in &entries.cells {
             if let Ok(values) = cells.get(&key.word(), 0)
                 && cells.remove(&key.word()).is_ok()
             {
-                add(&mut self.ended, key, sum(&values));
+                add(&mut self.ended, *key, sum(&values));
             }
         }
-        let histograms = |cells: BTreeMap<CellKey, Cell>| {
-            let mut counted = Counted::new();
-            for (key, cell) in cells {
-                add(&mut counted, key, cell);
-            }
-            counted
-        };
-        Ok(live.into_iter().map(|(pid, cells)| (pid, histograms(cells))).collect())
+        Ok(())
     }
 
     /// What was counted of processes that have ended, all together, as of the last
@@ -358,17 +379,14 @@ impl Probes {
         &self.ended
     }
 
-    /// Processes that are measured, and things that threads have begun or may begin: so many entries
-    /// there are in the kernel.
+    /// Processes that are measured, and their threads: so many entries there are in the kernel.
     ///
     /// # Errors
     ///
     /// If the maps cannot be read.
     pub fn held(&mut self) -> Result<[usize; 2], ProbeError> {
         let processes = processes(&mut self.ebpf)?.keys().count();
-        let begun: HashMap<&mut MapData, u64, [u64; 3]> =
-            map(&mut self.ebpf, "BEGUN")?.try_into().map_err(ProbeError::map("BEGUN"))?;
-        Ok([processes, begun.keys().count()])
+        Ok([processes, threads(&mut self.ebpf)?.keys().count()])
     }
 
     /// What there was no room for so far.
@@ -387,30 +405,23 @@ impl Probes {
             values: count(lost::CELLS)?,
             events: count(lost::EVENTS)?,
             processes: count(lost::PROCESSES)?,
-            begun: count(lost::BEGUN)?,
+            threads: count(lost::THREADS)?,
         })
     }
 
-    /// Sends the events of all processes one by one, too, or stops that; what they fork meanwhile is
-    /// traced as well.
+    /// Sends the events of all processes one by one, too, or stops that.
     ///
     /// # Errors
     ///
     /// If the maps cannot be used.
     pub fn trace(&mut self, on: bool) -> Result<(), ProbeError> {
-        const BPF_EXIST: u64 = 2;
         if self.trace.is_none() {
             let events = self.ebpf.take_map("EVENTS").ok_or(ProbeError::NotBuilt("EVENTS"))?;
             self.trace = Some(Trace::new(events)?);
         }
-        let mut processes = processes(&mut self.ebpf)?;
-        let known: Vec<(u32, [u64; 2])> = processes.iter().filter_map(Result::ok).collect();
-        for (pid, tracked) in known {
-            let tracked = Tracked { traced: on.into(), ..Tracked::from_words(tracked) };
-            // An error: it has ended.
-            processes.insert(pid, tracked.words(), BPF_EXIST).unwrap_or(());
-        }
-        Ok(())
+        let mut traced: Array<&mut MapData, u32> =
+            map(&mut self.ebpf, "TRACED")?.try_into().map_err(ProbeError::map("TRACED"))?;
+        traced.set(0, u32::from(on), 0).map_err(ProbeError::map("TRACED"))
     }
 
     /// The events since the last time.
@@ -427,13 +438,35 @@ fn processes(ebpf: &mut Ebpf) -> Result<Processes<'_>, ProbeError> {
     map(ebpf, "PROCESSES")?.try_into().map_err(ProbeError::map("PROCESSES"))
 }
 
-/// [`CellKey::word`] to count and sum.
-type Cells<'a> = PerCpuHashMap<&'a mut MapData, u64, [u64; 2]>;
-/// To [`Tracked::words`].
-type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 2]>;
+fn threads(ebpf: &mut Ebpf) -> Result<Threads<'_>, ProbeError> {
+    map(ebpf, "THREADS")?.try_into().map_err(ProbeError::map("THREADS"))
+}
 
 fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
     map(ebpf, "CELLS")?.try_into().map_err(ProbeError::map("CELLS"))
+}
+
+/// To [`Tracked::words`].
+type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 3]>;
+/// To what [`Thread::from_words`] reads.
+type Threads<'a> = HashMap<&'a mut MapData, u32, [u64; THREAD_WORDS]>;
+/// [`CellKey::word`] to count and sum.
+type Cells<'a> = PerCpuHashMap<&'a mut MapData, u64, [u64; 2]>;
+
+/// What lies in the kernel about one process.
+#[derive(Default)]
+struct Entries {
+    threads: Vec<(u32, [u64; THREAD_WORDS])>,
+    cells: Vec<(CellKey, Cell)>,
+}
+
+impl Entries {
+    fn counted(&self) -> Counted {
+        let mut counted = Counted::new();
+        self.threads.iter().for_each(|(_, words)| add_samples(&mut counted, words));
+        self.cells.iter().for_each(|(key, cell)| add(&mut counted, *key, *cell));
+        counted
+    }
 }
 
 /// Over all processors.
@@ -444,9 +477,20 @@ fn sum(values: &PerCpuValues<[u64; 2]>) -> Cell {
     })
 }
 
+fn add_samples(counted: &mut Counted, words: &[u64; THREAD_WORDS]) {
+    let (pid, _, samples) = Thread::from_words(words);
+    for Sample { role, metric, value } in samples {
+        let (bucket, sum) = if metric == Metric::Exits as u8 {
+            (u16::try_from(value).unwrap_or(u16::MAX), 0)
+        } else {
+            (bucket(value), value)
+        };
+        add(counted, CellKey { pid, role, metric, bucket }, Cell { count: 1, sum });
+    }
+}
+
 fn add(counted: &mut Counted, key: CellKey, cell: Cell) {
     let names = (Role::from_number(key.role), Metric::from_number(key.metric));
-    // One may be there before anything falls into it.
     if let (Some(role), Some(metric), 1..) = (names.0, names.1, cell.count) {
         counted.entry((role, metric)).or_default().add(key.bucket, cell);
     }

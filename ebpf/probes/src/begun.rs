@@ -1,13 +1,13 @@
 //! What a thread waits for the end of.
 
-use ebpf_common::{Begun, lost};
+use ebpf_common::{Begun, Thread, lost};
 
-use crate::maps::{BEGUN, lose};
+use crate::maps::{BLANK, THREADS, lose};
 use crate::record::now;
 
 /// What can be under way in one thread at the same time.
 #[derive(Clone, Copy)]
-#[repr(u64)]
+#[repr(usize)]
 pub enum Kind {
     Fault = 0,
     Kvm = 1,
@@ -15,53 +15,58 @@ pub enum Kind {
     Call = 3,
 }
 
-#[inline(always)]
-fn key(kind: Kind, tid: u32) -> u64 {
-    (kind as u64) << 32 | u64::from(tid)
-}
-
 /// Something begins.
 #[inline(always)]
-pub fn begin(kind: Kind, tid: u32, what: u64, code: u64) {
+pub fn begin(kind: Kind, (pid, tid): (u32, u32), what: u64, code: u64) {
     let begun = Begun { ns: now(), what, code };
-    let key = key(kind, tid);
-    if let Some(place) = BEGUN.get_ptr_mut(&key) {
-        // SAFETY: an element of the map that only this thread's programs write.
-        unsafe { *place = begun };
-    } else if BEGUN.insert(&key, &begun, 0).is_err() {
-        lose(lost::BEGUN);
-    }
+    let Some(thread) = THREADS.get_ptr_mut(&tid).or_else(|| {
+        expect(pid, tid);
+        THREADS.get_ptr_mut(&tid)
+    }) else {
+        return;
+    };
+    // SAFETY: an element of the map, which is not freed while this program runs, and which only
+    // this thread's programs write.
+    unsafe { (*thread).begun[kind as usize] = begun };
 }
 
 /// It ends: what had begun, and how long it took.
 #[inline(always)]
 pub fn end(kind: Kind, tid: u32) -> Option<(Begun, u64)> {
-    let place = BEGUN.get_ptr_mut(&key(kind, tid))?;
+    let thread = THREADS.get_ptr_mut(&tid)?;
     // SAFETY: as in `begin`.
-    let begun = unsafe { *place };
+    let begun = unsafe { (*thread).begun[kind as usize] };
     if begun.ns == 0 {
         return None;
     }
     // SAFETY: as in `begin`.
-    unsafe { (*place).ns = 0 };
+    unsafe { (*thread).begun[kind as usize].ns = 0 };
     Some((begun, now().saturating_sub(begun.ns)))
 }
 
 /// There is a new thread of ours.
 #[inline(always)]
-pub fn expect(tid: u32) {
-    let nothing = Begun { ns: 0, what: 0, code: 0 };
-    for kind in [Kind::Fault, Kind::Kvm, Kind::Wake] {
-        // Without room it is tried again when something begins, and lost then.
-        BEGUN.insert(&key(kind, tid), &nothing, 0).unwrap_or(());
+pub fn expect(pid: u32, tid: u32) {
+    let Some(blank): Option<*mut Thread> = BLANK.get_ptr_mut(0) else { return };
+    // SAFETY: this processor's own slot, of which nothing else is ever written.
+    let blank = unsafe { &mut *blank };
+    blank.pid = pid;
+    // It takes the place of one that has ended and had the same number.
+    if THREADS.insert(&tid, &*blank, 0).is_err() {
+        lose(lost::THREADS);
     }
 }
 
-/// A thread has ended.
+/// A thread has ended. What was counted of it stays until the loader has read it.
 #[inline(always)]
 pub fn forget(tid: u32) {
-    for kind in [Kind::Fault, Kind::Kvm, Kind::Wake, Kind::Call] {
-        // An error: nothing had ever begun.
-        BEGUN.remove(&key(kind, tid)).unwrap_or(());
+    if let Some(thread) = THREADS.get_ptr_mut(&tid) {
+        // SAFETY: as in `begin`.
+        let thread: &mut Thread = unsafe { &mut *thread };
+        thread.ended = 1;
+        if thread.used == 0 {
+            // An error: the loader was faster.
+            THREADS.remove(&tid).unwrap_or(());
+        }
     }
 }

@@ -58,7 +58,7 @@ fn begins(address: u64, code: u64) -> i32 {
         if faults_end() == 0 {
             counted(address, code, false, 0);
         } else {
-            begun::begin(Kind::Fault, tid, address, code);
+            begun::begin(Kind::Fault, (pid, tid), address, code);
         }
     }
     0

@@ -7,9 +7,10 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Metric};
 
 use crate::begun::{self, Kind};
-use crate::process::INTERRUPTED;
 use crate::record::{count, current, event, ids, is_ours, send, took};
 
+/// Our own number of having no reason.
+const INTERRUPTED: u32 = 0xff;
 /// Who walked the page tables of a fault.
 const BY_PROCESSOR: u64 = 1;
 
@@ -19,8 +20,8 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
         let reason: u32 = ctx.arg(0);
         let errno: i32 = ctx.arg(1);
         // Interrupted before it had a reason.
-        let reason = if errno < 0 { INTERRUPTED } else { reason as u16 & 0xff };
-        count(current.pid, current.role, Metric::Exits, reason, 0);
+        let reason = if errno < 0 { INTERRUPTED } else { reason & 0xff };
+        count(&current, Metric::Exits as u8, reason.into());
         // What the guest waited for until now was no fault.
         begun::end(Kind::Kvm, current.tid);
         send(&current, 0, event(EventKind::Exit, reason.into(), 0));
@@ -33,7 +34,7 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
 pub fn kvm_walk(ctx: RawTracePointContext) -> i32 {
     let (pid, tid) = ids();
     if is_ours(pid) {
-        begun::begin(Kind::Kvm, tid, ctx.arg(0), 0);
+        begun::begin(Kind::Kvm, (pid, tid), ctx.arg(0), 0);
     }
     0
 }
@@ -49,7 +50,7 @@ pub fn kvm_set_spte(ctx: RawTracePointContext) -> i32 {
 pub fn kvm_page_fault(ctx: RawTracePointContext) -> i32 {
     let (pid, tid) = ids();
     if is_ours(pid) {
-        begun::begin(Kind::Kvm, tid, ctx.arg(1), BY_PROCESSOR);
+        begun::begin(Kind::Kvm, (pid, tid), ctx.arg(1), BY_PROCESSOR);
     }
     0
 }

@@ -1,23 +1,31 @@
 //! The maps, and the constants that the loader sets.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
-use ebpf_common::{Begun, Cell, CellKey, Tracked, lost};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
+use ebpf_common::{Cell, CellKey, Thread, Tracked, lost};
 
 /// Processes of ours.
 #[map]
 pub static PROCESSES: HashMap<u32, Tracked> = HashMap::with_max_entries(32768, 0);
 
-/// The histograms, bucket by bucket. All memory is taken at once: a new bucket, of which each fork
-/// has some, costs 20 us where memory for it is looked for first.
+/// Their threads: what each waits for the end of, and what is counted of new ones.
+#[map]
+pub static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(32768, 0);
+
+/// A thread that nothing is known of, on each processor: too large for the stack.
+#[map]
+pub static BLANK: PerCpuArray<Thread> = PerCpuArray::with_max_entries(1, 0);
+
+/// The histograms, bucket by bucket. All memory is taken at once: a new bucket costs 20 us where
+/// memory for it is looked for first.
 #[map]
 pub static CELLS: PerCpuHashMap<CellKey, Cell> = PerCpuHashMap::with_max_entries(65536, 0);
 
-/// What a thread waits for the end of.
+/// Not 0: what happens is sent one by one, too.
 #[map]
-pub static BEGUN: HashMap<u64, Begun> = HashMap::with_max_entries(32768, 0);
+pub static TRACED: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Events of processes that are traced.
+/// Where it is sent.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 

@@ -3,15 +3,11 @@
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use ebpf_common::{Cell, CellKey, Metric, Role, Tracked, lost};
+use ebpf_common::{Role, Tracked, lost};
 
 use crate::begun;
-use crate::maps::{CELLS, PROCESSES, lose, task_pid, task_tgid};
+use crate::maps::{PROCESSES, lose, task_pid, task_tgid};
 use crate::record::ids;
-
-/// Reasons of an exit: KVM's, and our own number of having none.
-const IO: u16 = 2;
-pub const INTERRUPTED: u16 = 0xff;
 
 /// The thread's id of a `task_struct`.
 #[inline(always)]
@@ -34,8 +30,7 @@ pub fn process_fork(ctx: RawTracePointContext) -> i32 {
 
 /// Memory is copied, and with it what the process says about itself, at the same address.
 ///
-/// What the new thread will need is put into the maps here, where nobody waits: a first insertion
-/// costs a microsecond.
+/// The new thread's entry is made here, where nobody waits: an insertion costs a microsecond.
 #[inline(always)]
 fn forked(parent: u64, child: u64) -> i32 {
     let (Some(parent), Some(pid), Some(tid)) =
@@ -44,19 +39,13 @@ fn forked(parent: u64, child: u64) -> i32 {
         return 0;
     };
     let Some(tracked) = PROCESSES.get_ptr(&parent) else { return 0 };
-    begun::expect(tid);
+    begun::expect(pid, tid);
     if parent != pid {
         // SAFETY: an element of a map that is not freed while this program runs.
-        let tracked = unsafe { *tracked };
-        let tracked = Tracked { role: Role::Unknown as u32, ..tracked };
+        let beacon = unsafe { (*tracked).beacon };
+        let tracked = Tracked { beacon, stage_ns: 0, stage: 0, role: Role::Unknown as u32 };
         if PROCESSES.insert(&pid, &tracked, 0).is_err() {
             lose(lost::PROCESSES);
-        }
-        for (role, reason) in [(Role::Child, IO), (Role::Parent, IO), (Role::Parent, INTERRUPTED)] {
-            let key =
-                CellKey { pid, role: role as u8, metric: Metric::Exits as u8, bucket: reason };
-            // Without room it is tried again when it happens, and lost then.
-            CELLS.insert(&key, &Cell { count: 0, sum: 0 }, 0).unwrap_or(());
         }
     }
     0

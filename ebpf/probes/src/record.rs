@@ -1,18 +1,24 @@
 //! What ends is counted here.
 
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user, generated};
-use ebpf_common::{Beacon, Cell, CellKey, Event, EventKind, Metric, Role, Tracked, lost};
+use ebpf_common::{
+    Beacon, Cell, CellKey, Event, EventKind, Metric, Role, SAMPLES, Sample, Tracked, bucket, lost,
+};
 
-use crate::maps::{CELLS, EVENTS, PROCESSES, lose};
+use crate::maps::{CELLS, EVENTS, PROCESSES, THREADS, TRACED, lose};
 
-/// A process of ours that is running on this processor.
+/// A process of ours, at a moment.
 pub struct Current {
+    pub tracked: *mut Tracked,
     pub pid: u32,
     pub tid: u32,
     pub beacon: Beacon,
     pub role: u8,
-    pub traced: bool,
 }
+
+/// A process that says nothing about itself.
+pub const SILENT: Beacon =
+    Beacon { role: 0, stage: 0, guest_start: 0, guest_len: 0, born_ns: 0, stage_ns: 0 };
 
 /// Process and thread of this moment.
 #[inline(always)]
@@ -37,33 +43,67 @@ pub fn is_ours(pid: u32) -> bool {
 #[inline(always)]
 pub fn current() -> Option<Current> {
     let (pid, tid) = ids();
-    let tracked: *mut Tracked = PROCESSES.get_ptr_mut(&pid)?;
+    let tracked = PROCESSES.get_ptr_mut(&pid)?;
     // SAFETY: an element of a map that is not freed while this program runs.
-    let tracked = unsafe { &mut *tracked };
-    let traced = tracked.traced != 0;
-    let beacon = match tracked.beacon {
+    let known: &mut Tracked = unsafe { &mut *tracked };
+    let beacon = match known.beacon {
         0 => None,
         // SAFETY: the helper copes with every address.
         at => unsafe { bpf_probe_read_user(at as *const Beacon) }.ok(),
     };
-    let beacon =
-        beacon.unwrap_or(Beacon { role: 0, stage: 0, guest_start: 0, guest_len: 0, born_ns: 0 });
+    let beacon = beacon.unwrap_or(SILENT);
     let mut role = beacon.role as u8;
     if role == Role::Parent as u8 && beacon.born_ns != 0 && now() - beacon.born_ns < Role::YOUNG_NS
     {
         role = Role::Young as u8;
     }
     // For those who ask from outside.
-    if tracked.role != u32::from(role) {
-        tracked.role = u32::from(role);
+    if known.role != u32::from(role) {
+        known.role = u32::from(role);
     }
-    Some(Current { pid, tid, beacon, role, traced })
+    Some(Current { tracked, pid, tid, beacon, role })
 }
 
-/// Counts something that took `ns`, in the bucket given.
+/// Counts a value: what took so many ns, or the reason of an exit.
 #[inline(always)]
-pub fn count(pid: u32, role: u8, metric: Metric, bucket: u16, ns: u64) {
-    let key = CellKey { pid, role, metric: metric as u8, bucket };
+pub fn count(current: &Current, metric: u8, value: u64) {
+    let Current { pid, tid, role, .. } = *current;
+    if !sampled(tid, role, metric, value) {
+        let (bucket, ns) =
+            if metric == Metric::Exits as u8 { (value as u16, 0) } else { (bucket(value), value) };
+        add(CellKey { pid, role, metric, bucket }, ns);
+    }
+}
+
+/// So many wake-ups of a standby's thread are kept as they are: the last of them belongs to a fork.
+const WAKE_UPS: u64 = 16;
+
+/// Whether a value has found room in the thread's entry.
+#[inline(always)]
+fn sampled(tid: u32, role: u8, metric: u8, value: u64) -> bool {
+    let most = if role == Role::Child as u8 || role == Role::Young as u8 {
+        SAMPLES as u64
+    } else if role == Role::Standby as u8 && metric == Metric::OffCpu as u8 {
+        WAKE_UPS
+    } else {
+        return false;
+    };
+    let Some(thread) = THREADS.get_ptr_mut(&tid) else { return false };
+    // SAFETY: an element of a map that is not freed while this program runs, and that only this
+    // thread's programs write.
+    let thread = unsafe { &mut *thread };
+    let at = thread.used;
+    if at >= most {
+        return false;
+    }
+    let Some(sample) = thread.samples.get_mut(at as usize) else { return false };
+    *sample = Sample { role, metric, value }.word();
+    thread.used = at + 1;
+    true
+}
+
+#[inline(always)]
+fn add(key: CellKey, ns: u64) {
     if let Some(cell) = CELLS.get_ptr_mut(&key) {
         // SAFETY: this processor's own value of an element of the map.
         let cell = unsafe { &mut *cell };
@@ -74,17 +114,17 @@ pub fn count(pid: u32, role: u8, metric: Metric, bucket: u16, ns: u64) {
     }
 }
 
-/// Counts something that took `ns`, and sends it if the process is traced.
+/// Counts something that took `ns`, and sends it if that is asked for.
 #[inline(always)]
 pub fn took(current: &Current, metric: Metric, ns: u64, event: Event) {
-    count(current.pid, current.role, metric, ebpf_common::bucket(ns), ns);
+    count(current, metric as u8, ns);
     send(current, ns, event);
 }
 
-/// Sends an event if the process is traced.
+/// Sends an event if that is asked for.
 #[inline(always)]
 pub fn send(current: &Current, took_ns: u64, event: Event) {
-    if !current.traced {
+    if TRACED.get(0).is_none_or(|traced| *traced == 0) {
         return;
     }
     let event = Event {

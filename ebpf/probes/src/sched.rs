@@ -5,12 +5,12 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use ebpf_common::{Metric, bucket};
+use ebpf_common::{EventKind, Metric};
 
 use crate::begun::{self, Kind};
 use crate::maps::PROCESSES;
 use crate::process::{task_pid_of, task_tgid_of};
-use crate::record::{count, is_ours};
+use crate::record::{Current, SILENT, event, is_ours, took};
 
 #[raw_tracepoint(tracepoint = "sched_wakeup")]
 pub fn sched_wakeup(ctx: RawTracePointContext) -> i32 {
@@ -32,7 +32,7 @@ fn woken(task: u64) -> i32 {
         && is_ours(pid)
         && let Some(tid) = task_pid_of(task)
     {
-        begun::begin(Kind::Wake, tid, 0, 0);
+        begun::begin(Kind::Wake, (pid, tid), 0, 0);
     }
     0
 }
@@ -40,13 +40,14 @@ fn woken(task: u64) -> i32 {
 #[inline(always)]
 fn runs(task: u64) -> i32 {
     if let Some(pid) = task_tgid_of(task)
-        && let Some(tracked) = PROCESSES.get_ptr(&pid)
+        && let Some(tracked) = PROCESSES.get_ptr_mut(&pid)
         && let Some(tid) = task_pid_of(task)
         && let Some((_, ns)) = begun::end(Kind::Wake, tid)
     {
         // SAFETY: an element of a map that is not freed while this program runs.
         let role = unsafe { (*tracked).role } as u8;
-        count(pid, role, Metric::OffCpu, bucket(ns), ns);
+        let current = Current { tracked, pid, tid, beacon: SILENT, role };
+        took(&current, Metric::OffCpu, ns, event(EventKind::OffCpu, 0, 0));
     }
     0
 }

@@ -15,6 +15,8 @@ const KVMIO: u64 = 0xae;
 const TYPE_SHIFT: u64 = 8;
 /// Where `struct pt_regs` has the second argument of a system call.
 const RSI: u64 = 13 * 8;
+/// And its number.
+const ORIG_RAX: u64 = 15 * 8;
 
 #[raw_tracepoint(tracepoint = "sys_enter")]
 pub fn sys_enter(ctx: RawTracePointContext) -> i32 {
@@ -31,7 +33,7 @@ pub fn sys_enter(ctx: RawTracePointContext) -> i32 {
     if let Ok(request) = request
         && (request >> TYPE_SHIFT) & 0xff == KVMIO
     {
-        begun::begin(Kind::Call, tid, request & 0xff, 0);
+        begun::begin(Kind::Call, (pid, tid), request & 0xff, 0);
     }
     0
 }
@@ -42,7 +44,7 @@ pub fn call_begins(ctx: ProbeContext) -> u32 {
     let (pid, tid) = ids();
     if is_ours(pid) {
         let request: u64 = ctx.arg(1).unwrap_or(0);
-        begun::begin(Kind::Call, tid, request & 0xff, 0);
+        begun::begin(Kind::Call, (pid, tid), request & 0xff, 0);
     }
     0
 }
@@ -54,8 +56,13 @@ pub fn call_ends(_ctx: RetProbeContext) -> u32 {
 }
 
 #[raw_tracepoint(tracepoint = "sys_exit")]
-pub fn sys_exit(_ctx: RawTracePointContext) -> i32 {
-    ends();
+pub fn sys_exit(ctx: RawTracePointContext) -> i32 {
+    let registers: u64 = ctx.arg(0);
+    // SAFETY: the helper copes with every address.
+    let number = unsafe { bpf_probe_read_kernel((registers + ORIG_RAX) as *const u64) };
+    if number == Ok(IOCTL) {
+        ends();
+    }
     0
 }
 

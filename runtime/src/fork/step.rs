@@ -304,13 +304,13 @@ impl Stamps {
     /// Stamps `moment` with a time taken before.
     pub fn put(&self, moment: Moment, ns: u64) {
         self.at[moment as usize].store(ns, Ordering::Relaxed);
-        beacon::moment(moment);
+        beacon::moment(moment, ns);
     }
 
     /// Stamps `moment` with a time taken before, unless a later one is there.
     pub fn raise(&self, moment: Moment, ns: u64) {
         self.at[moment as usize].fetch_max(ns, Ordering::Relaxed);
-        beacon::moment(moment);
+        beacon::moment(moment, ns);
     }
 
     /// When it was.
