@@ -3,6 +3,7 @@
 //!
 //! The owner is the process that runs a tree of instances: `runtime run`, the bench, a test.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use guest_abi::param::{RESULTS, STEPS, Step as ProgramStep};
@@ -122,6 +123,8 @@ pub enum Request {
     Resume,
     /// Counters.
     Stats,
+    /// KVM's own statistics.
+    KvmStats,
     /// Ends the instance.
     Stop {
         /// Exit code.
@@ -237,6 +240,8 @@ pub enum Reply {
     },
     /// Counters.
     Stats(Stats),
+    /// KVM's own statistics.
+    KvmStats(BTreeMap<String, u64>),
 }
 
 /// A bad answer.
@@ -253,6 +258,8 @@ pub struct Failure {
 /// Counters of an instance.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Stats {
+    /// Backing of its memory.
+    pub backing: BackingKind,
     /// Forks made.
     pub forks: u64,
     /// Forks failed.

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::error::CliError;
 use super::parse::Prefix;
-use super::wire::{Answer, Ask, Listed, SOCKET};
+use super::wire::{Answer, Ask, Listed, Probed, SOCKET};
 
 /// How long an owner may take to list its instances.
 const LIST_TIME: Duration = Duration::from_secs(5);
@@ -61,6 +61,21 @@ impl Line {
         match self.receive(&mut vec![0_u8; MAX_MESSAGE])? {
             Answer::Failed(message) => Err(CliError::internal(message)),
             answer => Ok(answer),
+        }
+    }
+
+    /// What the probes counted of an instance, or of all that have ended.
+    pub fn probed(&self, instance: Option<Uuid>) -> Result<Probed, CliError> {
+        self.send(&Ask::Probes { instance })?;
+        let mut buffer = vec![0_u8; MAX_MESSAGE];
+        let mut all: Option<Probed> = None;
+        loop {
+            match (self.receive(&mut buffer)?, &mut all) {
+                (Answer::Probes(first), None) => all = Some(first),
+                (Answer::Probes(mut part), Some(all)) => all.rows.append(&mut part.rows),
+                (Answer::Failed(message), _) => return Err(CliError::internal(message)),
+                _ => return Ok(all.unwrap_or_default()),
+            }
         }
     }
 

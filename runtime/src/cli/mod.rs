@@ -20,6 +20,7 @@ mod client;
 mod console;
 mod doctor;
 mod error;
+mod live;
 mod parse;
 mod prometheus;
 mod ps;

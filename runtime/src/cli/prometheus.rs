@@ -1,15 +1,16 @@
 //! What is known of an instance, for Prometheus.
 
+use std::collections::BTreeMap;
+
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Unit;
 use runtime::proto::Stats;
-use uuid::Uuid;
 
-use ebpf_loader::{Histogram, Lost, Metric};
+use ebpf_loader::{Histogram, Lost, Metric, Row};
 
 use super::error::CliError;
-use super::stats::exit_name;
+use super::stats::{Seen, exit_name};
 use super::wire::Probed;
 
 /// The text that a scrape gets.
@@ -17,12 +18,14 @@ use super::wire::Probed;
 /// # Errors
 ///
 /// If it cannot be written.
-pub fn text(uuid: Uuid, stats: &Stats, probed: &Probed) -> Result<String, CliError> {
+pub fn text(seen: &Seen) -> Result<String, CliError> {
     let mut registry = prometheus_client::registry::Registry::with_prefix("ukp");
     registry.register_collector(Box::new(Instance {
-        uuid: uuid.to_string(),
-        stats: *stats,
-        probed: probed.clone(),
+        uuid: seen.uuid.to_string(),
+        stats: seen.stats,
+        kvm: seen.kvm.clone(),
+        probed: seen.probed.clone(),
+        ended: seen.ended.rows.clone(),
     }));
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry)
@@ -34,8 +37,13 @@ pub fn text(uuid: Uuid, stats: &Stats, probed: &Probed) -> Result<String, CliErr
 struct Instance {
     uuid: String,
     stats: Stats,
+    kvm: BTreeMap<String, u64>,
     probed: Probed,
+    ended: Vec<Row>,
 }
+
+/// Instances that have ended, all together.
+const ENDED: &str = "ended";
 
 impl prometheus_client::collector::Collector for Instance {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
@@ -59,20 +67,29 @@ impl prometheus_client::collector::Collector for Instance {
         let help = "What the probes of all instances of this owner had no room for";
         let mut losses =
             encoder.encode_descriptor("probe_lost", help, None, MetricType::Counter)?;
-        let Lost { values, events, processes, begun } = self.probed.lost;
+        let Lost { values, events, processes, threads } = self.probed.lost;
         for (what, lost) in
-            [("values", values), ("events", events), ("processes", processes), ("begun", begun)]
+            [("values", values), ("events", events), ("processes", processes), ("threads", threads)]
         {
             let labels = [("instance", self.uuid.as_str()), ("what", what)];
             ConstCounter::new(lost).encode(losses.encode_family(&labels)?)?;
         }
+        let help = "KVM's own statistics, over all vCPUs";
+        let mut kvm = encoder.encode_descriptor("kvm", help, None, MetricType::Gauge)?;
+        for (name, value) in &self.kvm {
+            let labels = [("instance", self.uuid.as_str()), ("what", name.as_str())];
+            ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX))
+                .encode(kvm.encode_family(&labels)?)?;
+        }
+        let own = self.probed.rows.iter().map(|row| (self.uuid.as_str(), row));
+        let rows: Vec<_> = own.chain(self.ended.iter().map(|row| (ENDED, row))).collect();
         let help = "Exits to user space by reason";
         let mut exits = encoder.encode_descriptor("exits", help, None, MetricType::Counter)?;
-        for row in self.probed.rows.iter().filter(|row| row.metric == Metric::Exits) {
+        for (instance, row) in rows.iter().filter(|(_, row)| row.metric == Metric::Exits) {
             for (reason, _, _, cell) in row.histogram.cells() {
                 let reason = exit_name(reason);
                 let labels = [
-                    ("instance", self.uuid.as_str()),
+                    ("instance", *instance),
                     ("role", row.role.name()),
                     ("reason", reason.as_str()),
                 ];
@@ -86,9 +103,11 @@ impl prometheus_client::collector::Collector for Instance {
             Some(&Unit::Seconds),
             MetricType::Histogram,
         )?;
-        for row in self.probed.rows.iter().filter(|row| row.metric != Metric::Exits) {
+        for (instance, row) in rows.iter().filter(|(_, row)| row.metric != Metric::Exits) {
+            let backing = if *instance == ENDED { "" } else { self.stats.backing.backing().name() };
             let labels = [
-                ("instance", self.uuid.as_str()),
+                ("instance", *instance),
+                ("backing", backing),
                 ("role", row.role.name()),
                 ("what", row.metric.name()),
             ];

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ebpf_loader::ProbeError;
+use ebpf_loader::{ProbeError, Probes};
 use runtime::owner::{Known, Owner, OwnerError};
 use runtime::proto::{MAX_MESSAGE, Request};
 use runtime::sys::{self, SysError, now_ns};
@@ -113,7 +113,8 @@ impl Server {
             Ask::Pause { instance } => self.request(instance, Request::Pause),
             Ask::Resume { instance } => self.request(instance, Request::Resume),
             Ask::Stats { instance } => self.owner.stats(instance).map(Answer::Stats),
-            Ask::Probes { instance } => self.probes(instance),
+            Ask::Probes { instance } => return self.probes(instance),
+            Ask::KvmStats { instance } => self.owner.kvm_stats(instance).map(Answer::KvmStats),
             Ask::Trace { instance, branch } => self.trace(instance, branch, connection),
         };
         vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
@@ -149,20 +150,36 @@ impl Server {
         parts.chain([Answer::Done]).collect()
     }
 
-    fn probes(&self, uuid: Uuid) -> Result<Answer, OwnerError> {
-        let pid = self.owner.with(uuid, |known| known.pid.cast_unsigned())?;
-        let counted = self.owner.probes(|probes| {
-            let mut all = probes.read()?;
-            Ok((all.remove(&pid).unwrap_or_default(), probes.lost()?))
-        });
-        let probed = match counted {
-            None => Probed { off: self.probes_off.clone(), ..Probed::default() },
-            Some(Ok((counted, lost))) => {
-                Probed { off: None, rows: ebpf_loader::rows(&counted), lost }
-            }
-            Some(Err::<_, ProbeError>(error)) => return Ok(Answer::Failed(sys::chain(&error))),
+    fn probes(&self, instance: Option<Uuid>) -> Vec<Answer> {
+        match self.probed(instance) {
+            Ok(probed) => parts(probed),
+            Err(reason) => vec![Answer::Failed(reason)],
+        }
+    }
+
+    fn probed(&self, instance: Option<Uuid>) -> Result<Probed, String> {
+        let pid = |uuid| self.owner.with(uuid, |known| known.pid.cast_unsigned());
+        let pid = instance.map(pid).transpose().map_err(|error| sys::chain(&error))?;
+        let read = |probes: &mut Probes| -> Result<Probed, ProbeError> {
+            let mut live = probes.read()?;
+            let counted = match pid {
+                Some(pid) => live.remove(&pid).unwrap_or_default(),
+                None => probes.ended().clone(),
+            };
+            let measured = probes.attached().into_iter();
+            let refused = probes.refused().iter();
+            Ok(Probed {
+                off: None,
+                measured: measured.map(|one| format!("{} by {}", one.what, one.how)).collect(),
+                refused: refused.map(ToString::to_string).collect(),
+                rows: ebpf_loader::rows(&counted),
+                lost: probes.lost()?,
+            })
         };
-        Ok(Answer::Probes(probed))
+        match self.owner.probes(read) {
+            None => Ok(Probed { off: self.probes_off.clone(), ..Probed::default() }),
+            Some(probed) => probed.map_err(|error| sys::chain(&error)),
+        }
     }
 
     fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Result<Answer, OwnerError> {
@@ -286,4 +303,23 @@ fn start_thread(run: impl FnOnce() + Send + 'static) -> Result<(), SysError> {
         .spawn(run)
         .map(drop)
         .map_err(|source| SysError { call: "starting a thread", source })
+}
+/// Buckets in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
+const BUCKETS_AT_ONCE: usize = 2000;
+
+/// What was counted, in parts.
+fn parts(mut probed: Probed) -> Vec<Answer> {
+    let rows = std::mem::take(&mut probed.rows);
+    let mut answers = vec![probed];
+    let mut room = BUCKETS_AT_ONCE;
+    for row in rows {
+        let buckets = row.histogram.cells().count();
+        if buckets > room {
+            answers.push(Probed::default());
+            room = BUCKETS_AT_ONCE;
+        }
+        room = room.saturating_sub(buckets);
+        answers.last_mut().into_iter().for_each(|last| last.rows.push(row.clone()));
+    }
+    answers.into_iter().map(Answer::Probes).chain([Answer::Done]).collect()
 }

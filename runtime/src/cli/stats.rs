@@ -1,10 +1,11 @@
-//! `stats`: counters of an instance, and what the probes counted of it.
+//! `stats`: counters of an instance, KVM's own statistics of it, and what the probes counted.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ebpf_loader::{Lost, Metric, Role, Row};
+use ebpf_loader::{Lost, Metric, Row};
 use runtime::proto::Stats;
 use serde_json::json;
 use uuid::Uuid;
@@ -14,49 +15,71 @@ use super::client::Line;
 use super::error::CliError;
 use super::verbs::{alive, unexpected};
 use super::wire::{Answer, Ask, Probed};
-use super::{print, print_json};
+use super::{live, print, print_json};
 
-/// Clears the terminal, without what scrolled out of it.
-const CLEAR: &str = "\x1b[H\x1b[J";
+/// Everything that is known of an instance at a time.
+#[derive(Debug)]
+pub struct Seen {
+    /// Who it is.
+    pub uuid: Uuid,
+    /// Its counters.
+    pub stats: Stats,
+    /// KVM's own statistics.
+    pub kvm: BTreeMap<String, u64>,
+    /// What the probes counted of it.
+    pub probed: Probed,
+    /// And of all instances of its owner that have ended.
+    pub ended: Probed,
+    /// When.
+    pub at: Instant,
+}
 
 pub fn stats(args: &StatsArgs) -> Result<u8, CliError> {
     let (line, instance) = alive(&args.instance)?;
-    let uuid = instance.uuid;
-    let mut earlier: Option<Probed> = None;
+    let interval = Duration::from_millis(args.interval);
+    let look = || look(&line, instance.uuid);
+    if args.live && !args.json && std::io::stdout().is_terminal() {
+        live::show(look, interval)?;
+        return Ok(0);
+    }
+    let mut earlier: Option<Seen> = None;
     loop {
-        let Answer::Stats(stats) = line.ask(&Ask::Stats { instance: uuid })? else {
-            return Err(unexpected());
-        };
-        let probed = probed(&line, uuid)?;
+        let seen = look()?;
         if args.json {
-            print_json(&json!({ "instance": uuid, "stats": stats, "probes": probed }))?;
+            let Seen { uuid, stats, kvm, probed, ended, .. } = &seen;
+            let ended = &ended.rows;
+            print_json(&json!({
+                "instance": uuid, "stats": stats, "kvm": kvm, "probes": probed, "ended": ended
+            }))?;
         } else if args.prometheus {
-            print(super::prometheus::text(uuid, &stats, &probed)?.as_bytes())?;
-        } else if args.live {
-            let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
-            let text = format!("{clear}{uuid}\n{}", table(&stats, &probed, earlier.as_ref()));
-            print(text.as_bytes())?;
+            print(super::prometheus::text(&seen)?.as_bytes())?;
         } else {
-            print(table(&stats, &probed, None).as_bytes())?;
+            print(text(&seen, earlier.as_ref()).as_bytes())?;
         }
         if !args.live {
             return Ok(0);
         }
-        earlier = Some(probed);
-        std::thread::sleep(Duration::from_millis(args.interval));
+        earlier = Some(seen);
+        std::thread::sleep(interval);
     }
 }
 
-fn probed(line: &Line, instance: Uuid) -> Result<Probed, CliError> {
-    match line.ask(&Ask::Probes { instance })? {
-        Answer::Probes(probed) => Ok(probed),
-        _ => Err(unexpected()),
-    }
+fn look(line: &Line, uuid: Uuid) -> Result<Seen, CliError> {
+    let Answer::Stats(stats) = line.ask(&Ask::Stats { instance: uuid })? else {
+        return Err(unexpected());
+    };
+    let Answer::KvmStats(kvm) = line.ask(&Ask::KvmStats { instance: uuid })? else {
+        return Err(unexpected());
+    };
+    let (probed, ended) = (line.probed(Some(uuid))?, line.probed(None)?);
+    Ok(Seen { uuid, stats, kvm, probed, ended, at: Instant::now() })
 }
 
-fn table(stats: &Stats, probed: &Probed, earlier: Option<&Probed>) -> String {
+/// Names and values of the counters.
+pub fn counters(stats: &Stats) -> Vec<(&'static str, String)> {
     let ms = |ns: u64| format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000);
-    let rows = [
+    vec![
+        ("backing", stats.backing.backing().name().to_owned()),
         ("forks made", stats.forks.to_string()),
         ("forks failed", stats.failed.to_string()),
         ("standbys ready", stats.standbys.to_string()),
@@ -68,68 +91,105 @@ fn table(stats: &Stats, probed: &Probed, earlier: Option<&Probed>) -> String {
         ("CPU time", ms(stats.cpu_ns)),
         ("CPU time of its zygote", ms(stats.zygote_cpu_ns)),
         ("process of its zygote", stats.zygote_pid.to_string()),
-    ];
+    ]
+}
+
+/// Heads of the columns of [`cells`].
+pub const HEADS: [&str; 8] =
+    ["role", "what", "count", "per s", "p50 µs", "p99 µs", "max µs", "all ms"];
+
+/// A table of what the probes counted, with what came since `earlier`.
+pub fn cells(seen: &Probed, earlier: Option<(&Probed, Duration)>) -> Vec<[String; 8]> {
+    let mut all = Vec::new();
+    for row in &seen.rows {
+        let before = earlier.map(|(earlier, time)| {
+            let same = |it: &&Row| it.role == row.role && it.metric == row.metric;
+            (earlier.rows.iter().find(same).map(described).unwrap_or_default(), time)
+        });
+        for (what, count, [p50, p99, max, sum]) in described(row) {
+            let rate = before.as_ref().map_or(String::new(), |(before, time)| {
+                let was = before.iter().find(|(name, ..)| *name == what).map_or(0, |(_, n, _)| *n);
+                let ms = time.as_millis().max(1);
+                (u128::from(count.saturating_sub(was)) * 1000).div_ceil(ms).to_string()
+            });
+            let role = row.role.name().to_owned();
+            all.push([role, what, count.to_string(), rate, p50, p99, max, sum]);
+        }
+    }
+    all
+}
+
+/// Lines below the table: what is measured how, and what is missing.
+pub fn remarks(probed: &Probed) -> Vec<String> {
+    let mut lines = Vec::new();
+    if !probed.measured.is_empty() {
+        lines.push(format!("measured: {}", probed.measured.join(", ")));
+    }
+    lines.extend(probed.refused.iter().map(|refused| format!("refused here: {refused}")));
+    if probed.lost.any() {
+        lines.push(losses(&probed.lost));
+    }
+    lines
+}
+
+/// KVM's statistics that are not 0, in one line.
+pub fn kvm_line(kvm: &BTreeMap<String, u64>) -> Option<String> {
+    let counted = kvm.iter().filter(|(_, value)| **value > 0);
+    let counted: Vec<_> = counted.map(|(name, value)| format!("{name} {value}")).collect();
+    (!counted.is_empty()).then(|| format!("KVM's own: {}", counted.join(", ")))
+}
+
+fn text(seen: &Seen, earlier: Option<&Seen>) -> String {
     let mut text = String::new();
-    for (name, value) in rows {
+    for (name, value) in counters(&seen.stats) {
         line(&mut text, format_args!("{name:28} {value}"));
     }
-    if let Some(off) = &probed.off {
+    if let Some(words) = kvm_line(&seen.kvm) {
+        line(&mut text, format_args!("{words}"));
+    }
+    if let Some(off) = &seen.probed.off {
         line(&mut text, format_args!("{:28} off: {off}", "probes"));
         return text;
     }
-    let (counted, times) = ("count", ["p50 µs", "p99 µs", "max µs", "all ms"]);
-    let [p50, p99, max, all] = times;
+    let since = |of: fn(&Seen) -> &Probed| {
+        earlier.map(|earlier| (of(earlier), seen.at.saturating_duration_since(earlier.at)))
+    };
     line(&mut text, format_args!(""));
-    let since = if earlier.is_some() { "new" } else { "" };
-    line(
-        &mut text,
-        format_args!(
-            "{:8} {:26} {counted:>10} {since:>8} {p50:>9} {p99:>9} {max:>9} {all:>10}",
-            "role", "what"
-        ),
-    );
-    for row in &probed.rows {
-        let before = earlier.map(|earlier| find(earlier, row.role, row.metric));
-        for (what, count, times) in described(row) {
-            let new = before.as_ref().map_or(String::new(), |before| {
-                let was = before.iter().find(|(name, _)| *name == what).map_or(0, |(_, n)| *n);
-                (count - was.min(count)).to_string()
-            });
-            line(
-                &mut text,
-                format_args!("{:8} {what:26} {count:>10} {new:>8} {times}", row.role.name()),
-            );
-        }
+    table(&mut text, &cells(&seen.probed, since(|seen| &seen.probed)));
+    if !seen.ended.rows.is_empty() {
+        line(&mut text, format_args!("\ninstances that have ended, and their zygotes"));
+        table(&mut text, &cells(&seen.ended, since(|seen| &seen.ended)));
     }
-    if probed.lost.any() {
-        line(&mut text, format_args!("{}", losses(&probed.lost)));
+    line(&mut text, format_args!(""));
+    for remark in remarks(&seen.probed) {
+        line(&mut text, format_args!("{remark}"));
     }
     text
 }
 
-fn find(probed: &Probed, role: Role, metric: Metric) -> Vec<(String, u64)> {
-    let row = probed.rows.iter().find(|row| row.role == role && row.metric == metric);
-    row.into_iter().flat_map(described).map(|(what, count, _)| (what, count)).collect()
+fn table(text: &mut String, rows: &[[String; 8]]) {
+    let heads = HEADS.map(str::to_owned);
+    for [role, what, count, rate, p50, p99, max, all] in std::iter::once(&heads).chain(rows) {
+        let row = format!(
+            "{role:8} {what:26} {count:>10} {rate:>8} {p50:>9} {p99:>9} {max:>9} {all:>10}"
+        );
+        line(text, format_args!("{}", row.trim_end()));
+    }
 }
 
 /// A row of the table, or one for each reason: what, how often, times.
-fn described(row: &Row) -> Vec<(String, u64, String)> {
+fn described(row: &Row) -> Vec<(String, u64, [String; 4])> {
     if row.metric == Metric::Exits {
         let of = |reason: u16| format!("exit: {}", exit_name(reason));
         let cells = row.histogram.cells();
-        return cells.map(|(reason, _, _, cell)| (of(reason), cell.count, String::new())).collect();
+        let none = || std::array::from_fn(|_| String::new());
+        return cells.map(|(reason, _, _, cell)| (of(reason), cell.count, none())).collect();
     }
     let histogram = &row.histogram;
     let at = |per_mille| us(histogram.per_mille_ns(per_mille).unwrap_or(0));
     let all = histogram.sum_ns();
-    let times = format!(
-        "{:>9} {:>9} {:>9} {:>10}",
-        at(500),
-        at(990),
-        at(1000),
-        format!("{}.{:03}", all / 1_000_000, all / 1000 % 1000)
-    );
-    vec![(metric_name(row.metric).to_owned(), histogram.count(), times)]
+    let all = format!("{}.{:03}", all / 1_000_000, all / 1000 % 1000);
+    vec![(metric_name(row.metric).to_owned(), histogram.count(), [at(500), at(990), at(1000), all])]
 }
 
 /// µs with one digit.
@@ -150,6 +210,16 @@ pub fn metric_name(metric: Metric) -> &'static str {
         Metric::Exits => "exit",
         Metric::OffCpu => "woken, not yet running",
         Metric::Ioctl => "call to KVM",
+        Metric::StageTakeWake => "fork: take and wake",
+        Metric::StageQuiesce => "fork: quiesce",
+        Metric::StageSettle => "fork: settle",
+        Metric::StageCapturePages => "fork: capture pages",
+        Metric::StageCaptureState => "fork: capture state",
+        Metric::StageResume => "fork: resume",
+        Metric::StageApply => "fork: apply",
+        Metric::StageRestore => "fork: restore",
+        Metric::StageCommit => "fork: commit",
+        Metric::StageRun => "fork: run",
     }
 }
 
@@ -177,10 +247,10 @@ pub fn exit_name(reason: u16) -> String {
 }
 
 pub fn losses(lost: &Lost) -> String {
-    let Lost { values, events, processes, begun } = *lost;
+    let Lost { values, events, processes, threads } = *lost;
     format!(
-        "lost for want of room: {values} values, {events} events, {processes} processes, {begun} \
-         beginnings"
+        "lost for want of room: {values} values, {events} events, {processes} processes, {threads} \
+         threads"
     )
 }
 

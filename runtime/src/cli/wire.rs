@@ -1,6 +1,8 @@
 //! What the other verbs and the owner say to each other: one JSON message each way over a socket
 //! that keeps message borders. A list comes in several answers, closed by [`Answer::Done`].
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -35,8 +37,11 @@ pub enum Ask {
     Resume { instance: Uuid },
     /// Counters.
     Stats { instance: Uuid },
-    /// What the probes counted.
-    Probes { instance: Uuid },
+    /// What the probes counted of an instance, or of all that have ended: in parts, then
+    /// [`Answer::Done`].
+    Probes { instance: Option<Uuid> },
+    /// KVM's own statistics.
+    KvmStats { instance: Uuid },
     /// The next fork with everything in it; `branch` makes it.
     Trace { instance: Uuid, branch: bool },
 }
@@ -53,8 +58,10 @@ pub enum Answer {
     Ended { code: i32, why: Option<String> },
     /// Counters.
     Stats(Stats),
-    /// What the probes counted.
+    /// What the probes counted, or a part of it.
     Probes(Probed),
+    /// KVM's own statistics.
+    KvmStats(BTreeMap<String, u64>),
     /// A fork.
     Traced(Box<Traced>),
     /// So many were killed.
@@ -65,11 +72,15 @@ pub enum Answer {
     Failed(String),
 }
 
-/// What the probes counted of an instance.
+/// What the probes counted.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Probed {
     /// Why there are none.
     pub off: Option<String>,
+    /// What is measured, and how.
+    pub measured: Vec<String>,
+    /// Programs that this kernel would not have, and why.
+    pub refused: Vec<String>,
     /// The histograms.
     pub rows: Vec<Row>,
     /// What there was no room for, of all instances of this owner.

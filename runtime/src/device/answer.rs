@@ -8,7 +8,10 @@ use crate::sys::realtime_ns;
 /// Words to be read, and how far the guest has read.
 #[derive(Debug, Default)]
 pub struct Answer {
-    words: Vec<u32>,
+    /// In place: a child's first page fault would be that of an allocation.
+    words: [u32; answer::WORDS],
+    /// UUIDs of all children, for their parent.
+    children: Vec<u32>,
     next: usize,
     /// Whether the children can still fail.
     pending: bool,
@@ -18,39 +21,39 @@ impl Answer {
     /// The answer in the parent, for as long as it is not known whether its children live.
     #[must_use]
     pub fn parent(own: &Identity, children: &[Identity]) -> Self {
-        let mut words = vec![0; answer::WORDS];
+        let mut words = [0; answer::WORDS];
         if let Some(first) = children.first() {
             put_uuid(&mut words, answer::CHILD_UUID, first);
         }
         fill_own(&mut words, own);
         words[answer::CHILDREN] = u32::try_from(children.len()).unwrap_or(0);
+        let mut uuids = vec![0; children.len() * 4];
         for (index, child) in children.iter().enumerate() {
-            words.extend([0; 4]);
-            put_uuid(&mut words, answer::WORDS + index * 4, child);
+            put_uuid(&mut uuids, index * 4, child);
         }
         // The parent is who it was: entropy is for children.
         words[answer::ENTROPY..answer::ENTROPY + 8].fill(0);
-        Self { words, next: 0, pending: true }
+        Self { words, children: uuids, next: 0, pending: true }
     }
 
     /// The answer in child number `index` of `children`.
     #[must_use]
     pub fn child(own: &Identity, index: u32, children: u32) -> Self {
-        let mut words = vec![0; answer::WORDS];
+        let mut words = [0; answer::WORDS];
         words[answer::ROLE] = index;
         fill_own(&mut words, own);
         words[answer::CHILDREN] = children;
-        Self { words, next: 0, pending: false }
+        Self { words, ..Self::default() }
     }
 
     /// The answer to a fork that failed.
     #[must_use]
     pub fn failed(own: &Identity, errno: i32, step: u32) -> Self {
-        let mut words = vec![0; answer::WORDS];
+        let mut words = [0; answer::WORDS];
         words[answer::STATUS] = errno.unsigned_abs();
         words[answer::FAILED_STEP] = step;
         fill_own(&mut words, own);
-        Self { words, next: 0, pending: false }
+        Self { words, ..Self::default() }
     }
 
     /// Whether it is not known yet what became of the children.
@@ -71,7 +74,8 @@ impl Answer {
     /// Fills `data` with the next words; zeroes behind the last.
     pub fn read(&mut self, data: &mut [u8]) {
         for chunk in data.chunks_mut(4) {
-            let word = self.words.get(self.next).copied().unwrap_or(0).to_le_bytes();
+            let mut words = self.words.iter().chain(&self.children);
+            let word = words.nth(self.next).copied().unwrap_or(0).to_le_bytes();
             for (to, from) in chunk.iter_mut().zip(word) {
                 *to = from;
             }

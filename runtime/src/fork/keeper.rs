@@ -31,6 +31,8 @@ const AIM: u64 = 16;
 /// Shortest and longest time between two sync rounds.
 const ROUND_MIN: Duration = Duration::from_millis(2);
 const ROUND_MAX: Duration = Duration::from_millis(500);
+/// The first one after a fork: a guest that has just forked is about to write.
+const ROUND_AFTER_FORK: Duration = Duration::from_millis(4);
 /// Pause after a standby could not be made, unless a fork waits for one.
 const RETRY: Duration = Duration::from_millis(200);
 /// How often forks under way are looked at when nothing is heard of them.
@@ -160,6 +162,10 @@ impl Keeper {
         let link = instance.link();
         let mut engine = instance.engine();
         tick.forks = engine.collect(instance);
+        if !tick.forks.is_empty() {
+            self.round = self.round.min(ROUND_AFTER_FORK);
+            self.schedule();
+        }
         let armed = engine.start_capture(instance);
         self.receive(link, &mut engine, &mut tick);
         let lacking = self.lacking(&engine);
@@ -366,6 +372,10 @@ impl Keeper {
         let aim = elapsed * u128::from(AIM) / u128::from(pages.max(1));
         let aim = Duration::from_nanos(u64::try_from(aim).unwrap_or(u64::MAX));
         self.round = aim.min(self.round * 2).clamp(ROUND_MIN, ROUND_MAX);
+        self.schedule();
+    }
+
+    fn schedule(&mut self) {
         self.next_round_ns = now_ns() + u64::try_from(self.round.as_nanos()).unwrap_or(0);
     }
 

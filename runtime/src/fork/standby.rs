@@ -155,6 +155,7 @@ fn prepare_with(
     let shared = Arc::new(Shared::new(instance.clone(), link.clone(), slot, base, crew));
     let line = line.take().ok_or_else(|| failed(ForkCause::Died))?;
     instance.start_control(Some(Cradle { standby: shared.clone(), line }), None).map_err(failed)?;
+    sys::populate_program();
     let mut vcpus = vcpus.into_iter();
     let mut leader = vcpus.next().ok_or_else(|| failed(ForkCause::Died))?;
     for vcpu in vcpus {

@@ -151,9 +151,8 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
 }
 
 fn receive_config(owner: &OwnedFd) -> Result<InstanceConfig, StartError> {
-    let mut buffer = vec![0_u8; MAX_MESSAGE];
-    let (len, _) = sys::receive(owner, &mut buffer, RecvFlags::empty())?;
-    match serde_json::from_slice::<Envelope>(&buffer[..len]) {
+    let message = sys::receive_whole(owner, MAX_MESSAGE, RecvFlags::empty())?;
+    match serde_json::from_slice::<Envelope>(&message) {
         Ok(Envelope { request: Request::Start(config), .. }) => Ok(*config),
         _ => Err(StartError::Owner),
     }

@@ -1,6 +1,8 @@
 //! One virtual machine without its state: VM, memslots, interrupt controllers, vCPUs.
 #![expect(unsafe_code, reason = "a memslot hands a mapping to KVM")]
 
+use std::collections::BTreeMap;
+
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -9,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use super::statistics::Statistics;
 use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu};
 use crate::memory::{Mapping, RamLayout};
 use crate::sys::now_ns;
@@ -36,6 +39,8 @@ pub struct MachineConfig {
 pub struct Machine {
     vm: VmFd,
     config: MachineConfig,
+    /// Of each vCPU.
+    statistics: Vec<Statistics>,
 }
 
 /// State of a machine outside its vCPUs, as plain data.
@@ -100,7 +105,7 @@ impl Machine {
             let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..<_>::default() };
             vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
         }
-        let machine = Self { vm, config };
+        let mut machine = Self { vm, config, statistics: Vec::new() };
         machine.set_memslots(mapping, track)?;
         machine.vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
         let mut vcpus = Vec::with_capacity(config.vcpus as usize);
@@ -109,6 +114,7 @@ impl Machine {
                 .vm
                 .create_vcpu(u64::from(index))
                 .map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
+            machine.statistics.extend(Statistics::of(&fd));
             vcpus.push(Vcpu::new(host, fd, index)?);
         }
         let log = if ring {
@@ -118,6 +124,21 @@ impl Machine {
             DirtyLog::bitmap(config.layout)
         };
         Ok((machine, vcpus, log))
+    }
+
+    /// KVM's own statistics, over all vCPUs: name and sum. None if this KVM keeps none.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read.
+    pub fn statistics(&self) -> Result<BTreeMap<String, u64>, KvmError> {
+        let mut sums = BTreeMap::new();
+        for vcpu in &self.statistics {
+            for (name, value) in vcpu.read()? {
+                *sums.entry(name).or_default() += value;
+            }
+        }
+        Ok(sums)
     }
 
     fn set_memslots(&self, mapping: &Mapping, track: bool) -> Result<(), KvmError> {

@@ -6,6 +6,7 @@ mod error;
 mod host;
 mod machine;
 mod state;
+mod statistics;
 mod vcpu;
 
 pub use dirty::{DirtyLog, DirtyMode};

@@ -24,6 +24,7 @@ mod probes;
 mod root;
 mod state;
 
+use std::collections::BTreeMap;
 use std::io::PipeReader;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -211,6 +212,19 @@ impl Owner {
         match self.ask(uuid, Request::Stats)? {
             Reply::Stats(stats) => Ok(stats),
             _ => Ok(Stats::default()),
+        }
+    }
+
+    /// KVM's own statistics of an instance, over all vCPUs: what KVM calls them, and how much. Empty
+    /// where KVM keeps none.
+    ///
+    /// # Errors
+    ///
+    /// That it is gone.
+    pub fn kvm_stats(&self, uuid: Uuid) -> Result<BTreeMap<String, u64>, OwnerError> {
+        match self.ask(uuid, Request::KvmStats)? {
+            Reply::KvmStats(statistics) => Ok(statistics),
+            _ => Ok(BTreeMap::new()),
         }
     }
 

@@ -15,13 +15,17 @@ const SWEEP: Duration = Duration::from_secs(10);
 
 /// The probes of an owner, if it has any.
 #[derive(Debug, Default)]
-pub(super) struct Watch(Arc<Mutex<Option<Probes>>>);
+pub(super) struct Watch {
+    probes: Arc<Mutex<Option<Probes>>>,
+    /// Processes that were heard of while the probes were being read.
+    heard: Mutex<Vec<u32>>,
+}
 
 impl Watch {
     /// Loads them.
     pub(super) fn load(&self, level: Level) -> Result<(), ProbeError> {
         *self.lock() = Some(Probes::load(level)?);
-        let watch = Arc::downgrade(&self.0);
+        let watch = Arc::downgrade(&self.probes);
         // It ends with the owner. Without a thread nobody sweeps but who reads, and the losses tell.
         let sweeper = std::thread::Builder::new().name("sweeper".into());
         drop(sweeper.spawn(move || {
@@ -39,7 +43,24 @@ impl Watch {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Option<Probes>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        self.catch_up(&mut probes);
+        probes
+    }
+
+    fn catch_up(&self, probes: &mut Option<Probes>) {
+        let heard = std::mem::take(&mut *self.heard());
+        for pid in heard {
+            if let Some(probes) = probes
+                && probes.descends(pid)
+            {
+                insert(probes, pid);
+            }
+        }
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Vec<u32>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Measures a root, and what it forks from now on.
@@ -50,13 +71,12 @@ impl Watch {
     }
 
     /// The same of a process that an instance calls a relative of its own: by descent it is measured
-    /// already, unless it has executed this program anew. Does not wait: the listener calls it.
+    /// already, unless it has executed this program anew. Does not wait for a reader, as the
+    /// listener calls it: whoever takes the probes next sees to it.
     pub(super) fn track_relative(&self, pid: u32) {
-        if let Ok(mut probes) = self.0.try_lock()
-            && let Some(probes) = &mut *probes
-            && probes.descends(pid)
-        {
-            insert(probes, pid);
+        self.heard().push(pid);
+        if let Ok(mut probes) = self.probes.try_lock() {
+            self.catch_up(&mut probes);
         }
     }
 }

@@ -7,12 +7,14 @@ mod thread;
 
 use std::io;
 
-pub use memory::{available_bytes, copy_from_twin, unmap_pages, warm_free_memory};
+pub use memory::{
+    available_bytes, copy_from_twin, populate_program, unmap_pages, warm_free_memory,
+};
 pub use process::{
     Forked, adopt, close_all_but, cpu_ns, cpu_ns_of, die_with_parent, fork, minor_faults,
     reap_children_automatically, set_process_name,
 };
-pub use socket::{receive, send, socket_pair};
+pub use socket::{receive, receive_whole, send, socket_pair};
 pub use thread::{
     KickTimer, Policy, affinity, current_cpu, futex_wait, futex_wake, install_kick_handler, kick,
     kick_signal, limit_realtime, renew_realtime_limit, set_affinity, set_affinity_of, set_policy,

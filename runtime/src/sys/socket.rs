@@ -67,6 +67,32 @@ pub fn receive(
     Ok((message.bytes, fds))
 }
 
+/// Receives one message, in as much memory as it needs; empty: the peer is gone.
+///
+/// # Errors
+///
+/// `EAGAIN` if there is none and `flags` say not to wait, `EMSGSIZE` if it is longer than `most`.
+pub fn receive_whole(
+    socket: impl AsFd,
+    most: usize,
+    flags: RecvFlags,
+) -> Result<Vec<u8>, SysError> {
+    let look = flags | RecvFlags::PEEK | RecvFlags::TRUNC;
+    let mut nothing = [0_u8; 0];
+    let length = loop {
+        match rustix::net::recv(socket.as_fd(), &mut nothing, look) {
+            Ok((_, length)) => break length,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(SysError::new("recv")(errno)),
+        }
+    };
+    // One that is too long is an error of the next call.
+    let mut bytes = vec![0_u8; length.min(most)];
+    let (length, _) = receive(socket, &mut bytes, flags)?;
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
 /// A pair of connected sockets that keep message borders.
 ///
 /// # Errors

@@ -2,7 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
@@ -71,22 +72,37 @@ pub struct Done {
 impl Done {
     /// Waits for the end, and kills a program that does not come to one.
     pub fn of(mut child: Child) -> Result<Self, Failed> {
+        // All the while: a pipe holds 64 KiB, and whoever writes more waits for a reader.
+        let (out, err) = (read_all(child.stdout.take()), read_all(child.stderr.take()));
         let end = Instant::now() + PATIENCE;
-        while child.try_wait()?.is_none() {
-            if Instant::now() > end {
-                child.kill()?;
-                let output = child.wait_with_output()?;
-                return Err(format!("no end within {PATIENCE:?}: {output:?}").into());
+        let status = loop {
+            match child.try_wait()? {
+                Some(status) => break Some(status),
+                None if Instant::now() > end => break None,
+                None => std::thread::sleep(Duration::from_millis(2)),
             }
-            std::thread::sleep(Duration::from_millis(2));
+        };
+        if status.is_none() {
+            child.kill()?;
+            child.wait()?;
         }
-        let Output { status, stdout, stderr } = child.wait_with_output()?;
-        Ok(Self {
-            code: status.code().unwrap_or(-1),
-            out: String::from_utf8_lossy(&stdout).into_owned(),
-            err: String::from_utf8_lossy(&stderr).into_owned(),
-        })
+        let text = |reader: JoinHandle<String>| reader.join().map_err(|_| "a reader panicked");
+        let (out, err) = (text(out)?, text(err)?);
+        let Some(status) = status else {
+            let said: String = out.chars().take(2000).collect();
+            return Err(format!("no end within {PATIENCE:?}: {said:?}, {err:?}").into());
+        };
+        Ok(Self { code: status.code().unwrap_or(-1), out, err })
     }
+}
+
+fn read_all(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // Whatever came before an error.
+        pipe.map(|mut pipe| pipe.read_to_end(&mut bytes)).transpose().unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// `runtime run --bare` with the bundled guest, up and running.

@@ -1,0 +1,136 @@
+//! The terminal view of `stats --live`.
+
+use std::time::{Duration, Instant};
+
+use ratatui::Frame;
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Style, Stylize};
+use ratatui::text::Line;
+use ratatui::widgets::{Paragraph, Row, Table, TableState, Wrap};
+
+use super::error::CliError;
+use super::stats::{HEADS, Seen, cells, counters, kvm_line, remarks};
+
+/// Columns of counters.
+const COLUMNS: usize = 3;
+const KEYS: &str = "q quit · ↑ ↓ scroll · e instance / those that have ended";
+
+/// What the user looks at.
+#[derive(Debug, Default)]
+struct View {
+    table: TableState,
+    /// Those that have ended instead of the instance.
+    ended: bool,
+}
+
+/// What a key asks for.
+enum Wish {
+    Nothing,
+    Redraw,
+    Quit,
+}
+
+/// Shows what `look` sees, every `interval`, until the user or the instance ends.
+pub fn show(look: impl Fn() -> Result<Seen, CliError>, interval: Duration) -> Result<(), CliError> {
+    let mut now = look()?;
+    let mut before: Option<Seen> = None;
+    let mut view = View::default();
+    let broken = |error| CliError::internal(format!("the terminal cannot be used: {error}"));
+    let mut terminal = ratatui::try_init().map_err(broken)?;
+    let result = loop {
+        if let Err(error) = terminal.draw(|frame| draw(frame, &now, before.as_ref(), &mut view)) {
+            break Err(broken(error));
+        }
+        match wait(&mut view, now.at + interval) {
+            Err(error) => break Err(broken(error)),
+            Ok(Wish::Quit) => break Ok(()),
+            Ok(Wish::Redraw) => continue,
+            Ok(Wish::Nothing) => {}
+        }
+        match look() {
+            Ok(seen) => before = Some(std::mem::replace(&mut now, seen)),
+            Err(error) => break Err(error),
+        }
+    };
+    ratatui::restore();
+    result
+}
+
+/// Waits for a key or until `end`.
+fn wait(view: &mut View, end: Instant) -> std::io::Result<Wish> {
+    while event::poll(end.saturating_duration_since(Instant::now()))? {
+        let key = match event::read()? {
+            Event::Resize(..) => return Ok(Wish::Redraw),
+            Event::Key(key) if key.kind == KeyEventKind::Press => key,
+            _ => continue,
+        };
+        let control = key.modifiers.contains(KeyModifiers::CONTROL);
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return Ok(Wish::Quit),
+            KeyCode::Char('c') if control => return Ok(Wish::Quit),
+            KeyCode::Char('e') => view.ended = !view.ended,
+            KeyCode::Down => view.table.scroll_down_by(1),
+            KeyCode::Up => view.table.scroll_up_by(1),
+            KeyCode::PageDown => view.table.scroll_down_by(10),
+            KeyCode::PageUp => view.table.scroll_up_by(10),
+            _ => continue,
+        }
+        return Ok(Wish::Redraw);
+    }
+    Ok(Wish::Nothing)
+}
+
+fn draw(frame: &mut Frame<'_>, now: &Seen, before: Option<&Seen>, view: &mut View) {
+    let counters = counters(&now.stats);
+    let lines = u16::try_from(counters.len().div_ceil(COLUMNS)).unwrap_or(u16::MAX);
+    let mut below = remarks(&now.probed);
+    below.extend(kvm_line(&now.kvm));
+    let below_lines = if frame.area().height > 30 { 4 } else { 2 };
+    let areas = Layout::vertical([
+        Constraint::Length(1),
+        Constraint::Length(lines),
+        Constraint::Min(3),
+        Constraint::Length(below_lines),
+        Constraint::Length(1),
+    ]);
+    let [head, top, middle, bottom, foot] = areas.areas(frame.area());
+    frame.render_widget(Line::from(format!("instance {}", now.uuid)).bold(), head);
+    draw_counters(frame, &counters, top);
+    if let Some(off) = &now.probed.off {
+        let text = format!("probes are off: {off}");
+        frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: true }), middle);
+    } else {
+        draw_table(frame, now, before, view, middle);
+    }
+    frame.render_widget(Paragraph::new(below.join("\n")).wrap(Wrap { trim: true }), bottom);
+    frame.render_widget(Line::from(KEYS).dim(), foot);
+}
+
+fn draw_counters(frame: &mut Frame<'_>, counters: &[(&str, String)], area: Rect) {
+    let columns: [Rect; COLUMNS] = Layout::horizontal([Constraint::Fill(1); COLUMNS]).areas(area);
+    let each = counters.len().div_ceil(COLUMNS);
+    for (column, part) in columns.into_iter().zip(counters.chunks(each)) {
+        let lines = part.iter().map(|(name, value)| format!("{name}: {value}"));
+        frame.render_widget(Paragraph::new(lines.collect::<Vec<_>>().join("\n")), column);
+    }
+}
+
+fn draw_table(
+    frame: &mut Frame<'_>,
+    now: &Seen,
+    before: Option<&Seen>,
+    view: &mut View,
+    area: Rect,
+) {
+    let of = |seen: &'_ Seen| if view.ended { seen.ended.clone() } else { seen.probed.clone() };
+    let earlier = before.map(|before| (of(before), now.at.saturating_duration_since(before.at)));
+    let earlier = earlier.as_ref().map(|(probed, time)| (probed, *time));
+    let rows = cells(&of(now), earlier).into_iter().map(Row::new);
+    let widths = [8, 28, 10, 8, 9, 9, 9, 10].map(Constraint::Length);
+    let whose = if view.ended { "ended" } else { HEADS[0] };
+    let heads = std::iter::once(whose).chain(HEADS.into_iter().skip(1));
+    let table =
+        Table::new(rows, widths).header(Row::new(heads).style(Style::new().bold().underlined()));
+    frame.render_stateful_widget(table, area, &mut view.table);
+}
