@@ -56,6 +56,12 @@ bench-ab REV_A REV_B *ARGS: _kvm build
 test *ARGS: build
     cargo test --workspace --locked --release "$@"
 
+# The loader as it is built where there is no tool chain for BPF
+[group('check')]
+test-without-probes:
+    UKP_BPF_RUSTC=/no/such/rustc cargo test --locked -p ebpf-loader --lib \
+        --target-dir target/without-probes
+
 # Format the code
 [group('check')]
 fmt:
@@ -73,7 +79,7 @@ lint:
 gate *ARGS: _kvm build
     {{ harness }} gate "$@"
 
-# What CI runs: lint, test, gate
+# What CI runs: lint, all tests, gate
 [group('check')]
 [no-exit-message]
 ci:
@@ -89,6 +95,7 @@ ci:
     }
     part lint {{ just }} lint
     part test {{ just }} test --no-fail-fast
+    part 'test without probes' {{ just }} test-without-probes
     if [[ -e /dev/kvm ]]; then
         part gate {{ just }} gate
     else

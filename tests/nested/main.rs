@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tests::nested::{self, Program};
 
@@ -51,7 +51,45 @@ fn main() {
         let ignored = nested::missing().is_some();
         Trial::test(format!("nested::{name}"), body).with_ignored_flag(ignored)
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    let mut trials: Vec<_> = trials.collect();
+    trials.push(
+        Trial::test("nested::host::a_program_that_does_not_end_is_stopped", || {
+            stopped().map_err(|error| Failed::from(format!("{error:#}")))
+        })
+        .with_ignored_flag(missing.is_some()),
+    );
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// With everything that was begun for it.
+fn stopped() -> Result<()> {
+    let sleeper = Program {
+        name: "sleeper".to_owned(),
+        path: "/bin/sh".into(),
+        arguments: vec!["-c".to_owned(), "'echo asleep; /bin/busybox sleep 1000'".to_owned()],
+        environment: Vec::new(),
+    };
+    let limit = Duration::from_secs(12);
+    let begin = Instant::now();
+    let result = nested::run(&[sleeper], limit, |_| {});
+    let error = format!("{:#}", result.err().context("it came to an end")?);
+    ensure!(error.starts_with("after 12 s it was at sleeper; it said last:"), "{error}");
+    ensure!(error.ends_with("asleep"), "{error}");
+    ensure!(begin.elapsed() < limit + Duration::from_secs(5), "it took {:?}", begin.elapsed());
+    let own = format!("{}{}-", nested::folder_prefix(), std::process::id());
+    let kernels = std::fs::read_dir("/proc")?.flatten().filter(|process| {
+        let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command).contains(&own)
+    });
+    // The other tests' host may be there.
+    let (folders, hosts) = (folders(&own)?, kernels.count());
+    ensure!(folders <= 1 && hosts <= 1, "{folders} folders and {hosts} hosts are left");
+    Ok(())
+}
+
+fn folders(prefix: &str) -> Result<usize> {
+    let all = std::fs::read_dir(std::env::temp_dir())?.flatten();
+    Ok(all.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)).count())
 }
 
 /// What became of the tests, by name; or why nothing did.

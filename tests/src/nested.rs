@@ -17,6 +17,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -147,12 +148,21 @@ pub fn run(
     Ok(ended)
 }
 
+/// How the names of this module's folders begin, in the folder for temporary files.
+#[must_use]
+pub fn folder_prefix() -> &'static str {
+    "ukp-nested-"
+}
+
 /// A folder that goes with this value.
 struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("ukp-nested-{}", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{}{}-{number}", folder_prefix(), std::process::id());
+        let path = std::env::temp_dir().join(name);
         // Left by a process of that number that was killed.
         drop(fs::remove_dir_all(&path));
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;

@@ -261,7 +261,9 @@ fn text(error: impl std::error::Error) -> String {
         source = inner.source();
     }
     // The log of the verifier comes with line breaks; what it says at the end is the reason.
-    text.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" | ")
+    let text = text.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" | ");
+    // Nor need it have said anything.
+    text.trim_end().trim_end_matches(". Verifier output:").to_owned()
 }
 
 /// Where this program marks the stages of a fork: file and offset.

@@ -495,3 +495,16 @@ fn add(counted: &mut Counted, key: CellKey, cell: Cell) {
         counted.entry((role, metric)).or_default().add(key.bucket, cell);
     }
 }
+
+#[cfg(all(test, not(probes)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_probes_it_is_said_what_is_missing() {
+        let error = Probes::load(Level::On).expect_err("there are none").to_string();
+        assert!(error.starts_with("this program was built without probes ("), "{error}");
+        assert!(error.contains("no core library for bpfel-unknown-none"), "{error}");
+        assert!(error.ends_with("./just build installs what that takes"), "{error}");
+    }
+}

@@ -134,3 +134,61 @@ fn draw_table(
         Table::new(rows, widths).header(Row::new(heads).style(Style::new().bold().underlined()));
     frame.render_stateful_widget(table, area, &mut view.table);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ebpf_loader::{Histogram, Metric, Role, Row};
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+    use runtime::proto::Stats;
+    use uuid::Uuid;
+
+    use super::super::wire::Probed;
+    use super::*;
+
+    fn seen(role: Role, count: u64, at: Instant) -> Seen {
+        let histogram = Histogram::from(vec![(200, count, count * 10_000)]);
+        let rows = vec![Row { role, metric: Metric::OwnCow, histogram }];
+        let probed =
+            Probed { rows, measured: vec!["page faults by raw_tp".into()], ..<_>::default() };
+        Seen {
+            uuid: Uuid::from_u128(7),
+            stats: Stats { forks: 12, ..Stats::default() },
+            kvm: BTreeMap::from([("exits".to_owned(), 34)]),
+            ended: Probed::default(),
+            probed,
+            at,
+        }
+    }
+
+    fn screen(width: u16, height: u16, view: &mut View) -> String {
+        let at = Instant::now();
+        let before = seen(Role::Child, 100, at);
+        let now = seen(Role::Child, 300, at + Duration::from_secs(2));
+        let backend = TestBackend::new(width, height);
+        let mut terminal = Terminal::new(backend).expect("it needs nothing");
+        terminal.draw(|frame| draw(frame, &now, Some(&before), view)).expect("it cannot fail");
+        terminal.backend().to_string()
+    }
+
+    #[test]
+    fn counters_rates_and_keys_are_on_the_screen() {
+        let screen = screen(110, 30, &mut View::default());
+        for wanted in
+            ["forks made: 12", "child", "own page copied", " 300 ", " 100 ", "exits 34", "q quit"]
+        {
+            assert!(screen.contains(wanted), "no {wanted:?} in\n{screen}");
+        }
+    }
+
+    #[test]
+    fn a_small_terminal_and_an_empty_table_do_no_harm() {
+        let mut view = View { ended: true, ..View::default() };
+        assert!(screen(110, 30, &mut view).contains("ended"));
+        for (width, height) in [(1, 1), (20, 3), (80, 8)] {
+            screen(width, height, &mut view);
+        }
+    }
+}

@@ -305,7 +305,7 @@ fn start_thread(run: impl FnOnce() + Send + 'static) -> Result<(), SysError> {
         .map_err(|source| SysError { call: "starting a thread", source })
 }
 /// Buckets in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
-const BUCKETS_AT_ONCE: usize = 2000;
+const BUCKETS_AT_ONCE: usize = 1500;
 
 /// What was counted, in parts.
 fn parts(mut probed: Probed) -> Vec<Answer> {
@@ -322,4 +322,33 @@ fn parts(mut probed: Probed) -> Vec<Answer> {
         answers.last_mut().into_iter().for_each(|last| last.rows.push(row.clone()));
     }
     answers.into_iter().map(Answer::Probes).chain([Answer::Done]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ebpf_loader::{Histogram, Metric, Role, Row};
+
+    use super::*;
+
+    #[test]
+    fn a_long_list_comes_in_parts_that_fit_a_message() {
+        let full = Histogram::from(
+            (0..500).map(|bucket| (bucket, u64::MAX, u64::MAX)).collect::<Vec<_>>(),
+        );
+        let row = |metric| Row { role: Role::Parent, metric, histogram: full.clone() };
+        let rows: Vec<_> = Metric::ALL.iter().map(|metric| row(*metric)).collect();
+        let answers =
+            parts(Probed { rows: rows.clone(), measured: vec!["it".into()], ..<_>::default() });
+        assert!(matches!(answers.last(), Some(Answer::Done)));
+        let mut got = Vec::new();
+        for answer in &answers {
+            let bytes = serde_json::to_vec(answer).expect("it has no maps").len();
+            assert!(bytes < runtime::proto::MAX_MESSAGE, "{bytes} bytes");
+            if let Answer::Probes(part) = answer {
+                got.extend(part.rows.clone());
+            }
+        }
+        assert_eq!(got, rows);
+        assert!(matches!(&answers[0], Answer::Probes(first) if first.measured == ["it"]));
+    }
 }

@@ -115,7 +115,11 @@ fn probes() -> Check {
         Ok(probes) => {
             let parts = probes.attached().into_iter();
             let parts = parts.map(|part| format!("{} ({})", part.what, part.how));
-            Check::ok("probes", parts.collect::<Vec<_>>().join(", "))
+            let parts = parts.collect::<Vec<_>>().join(", ");
+            // Something else does what they were for, or it is not among the parts.
+            let refused = probes.refused().iter();
+            let refused = refused.map(|refused| format!("; refused by this kernel: {refused}"));
+            Check::ok("probes", parts + &refused.collect::<String>())
         }
         Err(error) => Check::warn(
             "probes",
