@@ -1,8 +1,9 @@
 //! What the probes count, against what KVM counts.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ebpf_loader::{Counted, Metric, Probes};
 use uuid::Uuid;
 
@@ -34,6 +35,9 @@ fn seen(counted: &Counted) -> (u64, u64) {
     (faults, io)
 }
 
+/// What the probes and what KVM counted.
+type Looked = ((u64, u64), BTreeMap<String, u64>);
+
 /// Runs a known workload in the root: both count the same faults and exits of it, and not fewer than
 /// it has.
 ///
@@ -43,8 +47,21 @@ fn seen(counted: &Counted) -> (u64, u64) {
 pub fn agree_with_kvm(rig: &Rig) -> Result<()> {
     const PAGES: u64 = 700;
     const EXITS: u64 = 500;
-    let look = || -> Result<((u64, u64), BTreeMap<String, u64>)> {
+    let both = || -> Result<Looked> {
         Ok((seen(&counted(rig, rig.root)?), rig.owner.kvm_stats(rig.root)?))
+    };
+    // Until nothing moves any more: after its results a guest still asks to be parked.
+    let look = || -> Result<Looked> {
+        let mut last = both()?;
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = both()?;
+            if now == last {
+                return Ok(now);
+            }
+            last = now;
+        }
+        bail!("it does not come to rest")
     };
     // What was mapped before is mapped no more, or read-only.
     rig.standbys(1)?;

@@ -249,6 +249,9 @@ fn unload(ebpf: &mut Ebpf, name: &str) {
     }
 }
 
+/// Characters of a reason. The verifier can say millions.
+const LONGEST: usize = 600;
+
 /// The kernel's words, with the verifier's last ones if it had any.
 fn text(error: impl std::error::Error) -> String {
     let mut text = error.to_string();
@@ -263,7 +266,14 @@ fn text(error: impl std::error::Error) -> String {
     // The log of the verifier comes with line breaks; what it says at the end is the reason.
     let text = text.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" | ");
     // Nor need it have said anything.
-    text.trim_end().trim_end_matches(". Verifier output:").to_owned()
+    let text = text.trim_end().trim_end_matches(". Verifier output:");
+    let count = text.chars().count();
+    if count <= LONGEST {
+        return text.to_owned();
+    }
+    let first: String = text.chars().take(LONGEST / 3).collect();
+    let last: String = text.chars().skip(count - LONGEST / 3 * 2).collect();
+    format!("{first} [...] {last}")
 }
 
 /// Where this program marks the stages of a fork: file and offset.

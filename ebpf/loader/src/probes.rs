@@ -331,16 +331,16 @@ impl Probes {
         for entry in &threads(&mut self.ebpf)? {
             let (tid, words) = entry.map_err(ProbeError::map("THREADS"))?;
             let pid = Thread::from_words(&words).0;
-            all.entry(pid).or_default().threads.push((tid, words));
+            all.entry(pid).or_default().threads.insert(tid, words);
         }
         for entry in &cells(&mut self.ebpf)? {
             let (word, values) = entry.map_err(ProbeError::map("CELLS"))?;
             let key = CellKey::from_word(word);
-            all.entry(key.pid).or_default().cells.push((key, sum(&values)));
+            all.entry(key.pid).or_default().cells.insert(key, sum(&values));
         }
         // In this order: whoever is not among them now counts nothing any more.
-        let live: BTreeSet<u32> =
-            processes(&mut self.ebpf)?.keys().filter_map(Result::ok).collect();
+        let live: Result<BTreeSet<u32>, _> = processes(&mut self.ebpf)?.keys().collect();
+        let live = live.map_err(ProbeError::map("PROCESSES"))?;
         let (live, gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
             all.into_iter().partition(|(pid, _)| live.contains(pid));
         for (pid, entries) in gone {
@@ -353,7 +353,7 @@ impl Probes {
     fn bury(&mut self, pid: u32, entries: &Entries) -> Result<(), ProbeError> {
         // What it counted last may have come after the first look. An error: somebody was faster.
         let mut threads = threads(&mut self.ebpf)?;
-        for (tid, _) in &entries.threads {
+        for tid in entries.threads.keys() {
             if let Ok(words) = threads.get(tid, 0)
                 && Thread::from_words(&words).0 == pid
                 && threads.remove(tid).is_ok()
@@ -362,7 +362,7 @@ impl Probes {
             }
         }
         let mut cells = cells(&mut self.ebpf)?;
-        for (key, _) in &entries.cells {
+        for key in entries.cells.keys() {
             if let Ok(values) = cells.get(&key.word(), 0)
                 && cells.remove(&key.word()).is_ok()
             {
@@ -453,17 +453,18 @@ type Threads<'a> = HashMap<&'a mut MapData, u32, [u64; THREAD_WORDS]>;
 /// [`CellKey::word`] to count and sum.
 type Cells<'a> = PerCpuHashMap<&'a mut MapData, u64, [u64; 2]>;
 
-/// What lies in the kernel about one process.
+/// What lies in the kernel about one process. By key: where an entry goes while the map is read, the
+/// kernel begins anew, and others are seen twice.
 #[derive(Default)]
 struct Entries {
-    threads: Vec<(u32, [u64; THREAD_WORDS])>,
-    cells: Vec<(CellKey, Cell)>,
+    threads: BTreeMap<u32, [u64; THREAD_WORDS]>,
+    cells: BTreeMap<CellKey, Cell>,
 }
 
 impl Entries {
     fn counted(&self) -> Counted {
         let mut counted = Counted::new();
-        self.threads.iter().for_each(|(_, words)| add_samples(&mut counted, words));
+        self.threads.values().for_each(|words| add_samples(&mut counted, words));
         self.cells.iter().for_each(|(key, cell)| add(&mut counted, *key, *cell));
         counted
     }

@@ -54,6 +54,10 @@ pub fn expect(pid: u32, tid: u32) {
     // It takes the place of one that has ended and had the same number.
     if THREADS.insert(&tid, &*blank, 0).is_err() {
         lose(lost::THREADS);
+    } else if let Some(thread) = THREADS.get_ptr_mut(&tid) {
+        // Once more: an interrupt may have expected another thread in between.
+        // SAFETY: as in `begin`.
+        unsafe { (*thread).pid = pid };
     }
 }
 

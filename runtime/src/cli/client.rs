@@ -14,7 +14,7 @@ use super::error::CliError;
 use super::parse::Prefix;
 use super::wire::{Answer, Ask, Listed, Probed, SOCKET};
 
-/// How long an owner may take to list its instances.
+/// How long an owner may take to list its instances, or to tell what was counted.
 const LIST_TIME: Duration = Duration::from_secs(5);
 /// Instances named in an error.
 const CANDIDATES: usize = 6;
@@ -80,11 +80,7 @@ impl Line {
     }
 
     fn list(&self) -> Result<Vec<Listed>, CliError> {
-        let limit = |time| {
-            set_socket_timeout(&self.socket, Timeout::Recv, time)
-                .map_err(|errno| CliError::from(SysError::new("setsockopt")(errno)))
-        };
-        limit(Some(LIST_TIME))?;
+        self.limit(Some(LIST_TIME))?;
         self.send(&Ask::List)?;
         let mut buffer = vec![0_u8; MAX_MESSAGE];
         let mut all = Vec::new();
@@ -95,8 +91,18 @@ impl Line {
                 _ => break,
             }
         }
-        limit(None)?;
+        self.limit(None)?;
         Ok(all)
+    }
+
+    fn limit(&self, time: Option<Duration>) -> Result<(), CliError> {
+        set_socket_timeout(&self.socket, Timeout::Recv, time)
+            .map_err(|errno| CliError::from(SysError::new("setsockopt")(errno)))
+    }
+
+    /// For questions that are answered at once: an owner that hangs is an error from now on.
+    pub fn hurry(&self) -> Result<(), CliError> {
+        self.limit(Some(LIST_TIME))
     }
 }
 

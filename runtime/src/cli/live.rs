@@ -10,7 +10,7 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table, TableState, Wrap};
 
 use super::error::CliError;
-use super::stats::{HEADS, Seen, cells, counters, kvm_line, remarks};
+use super::stats::{HEADS, Seen, cells, counters, kvm_line, losses, remarks};
 
 /// Columns of counters.
 const COLUMNS: usize = 3;
@@ -84,9 +84,12 @@ fn wait(view: &mut View, end: Instant) -> std::io::Result<Wish> {
 fn draw(frame: &mut Frame<'_>, now: &Seen, before: Option<&Seen>, view: &mut View) {
     let counters = counters(&now.stats);
     let lines = u16::try_from(counters.len().div_ceil(COLUMNS)).unwrap_or(u16::MAX);
-    let mut below = remarks(&now.probed);
+    // What is most worth knowing first: there may be no room for all.
+    let lost = &now.probed.lost;
+    let mut below: Vec<String> = lost.any().then(|| losses(lost)).into_iter().collect();
     below.extend(kvm_line(&now.kvm));
-    let below_lines = if frame.area().height > 30 { 4 } else { 2 };
+    below.extend(remarks(&now.probed));
+    let below_lines = if frame.area().height > 30 { 6 } else { 3 };
     let areas = Layout::vertical([
         Constraint::Length(1),
         Constraint::Length(lines),
@@ -139,7 +142,7 @@ fn draw_table(
 mod tests {
     use std::collections::BTreeMap;
 
-    use ebpf_loader::{Histogram, Metric, Role, Row};
+    use ebpf_loader::{Histogram, Lost, Metric, Role, Row};
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
     use runtime::proto::Stats;
@@ -151,8 +154,12 @@ mod tests {
     fn seen(role: Role, count: u64, at: Instant) -> Seen {
         let histogram = Histogram::from(vec![(200, count, count * 10_000)]);
         let rows = vec![Row { role, metric: Metric::OwnCow, histogram }];
-        let probed =
-            Probed { rows, measured: vec!["page faults by raw_tp".into()], ..<_>::default() };
+        let probed = Probed {
+            rows,
+            measured: vec!["page faults by raw_tp".into(); 8],
+            lost: Lost { values: 5, ..Lost::default() },
+            ..<_>::default()
+        };
         Seen {
             uuid: Uuid::from_u128(7),
             stats: Stats { forks: 12, ..Stats::default() },
@@ -176,9 +183,16 @@ mod tests {
     #[test]
     fn counters_rates_and_keys_are_on_the_screen() {
         let screen = screen(110, 30, &mut View::default());
-        for wanted in
-            ["forks made: 12", "child", "own page copied", " 300 ", " 100 ", "exits 34", "q quit"]
-        {
+        for wanted in [
+            "forks made: 12",
+            "child",
+            "own page copied",
+            " 300 ",
+            " 100 ",
+            "exits 34",
+            "q quit",
+            "5 values",
+        ] {
             assert!(screen.contains(wanted), "no {wanted:?} in\n{screen}");
         }
     }

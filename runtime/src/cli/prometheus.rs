@@ -42,7 +42,8 @@ struct Instance {
     ended: Vec<Row>,
 }
 
-/// Instances that have ended, all together.
+/// Whose values they are: of the instance, or of all of its owner's that have ended.
+const OWN: &str = "own";
 const ENDED: &str = "ended";
 
 impl prometheus_client::collector::Collector for Instance {
@@ -81,15 +82,16 @@ impl prometheus_client::collector::Collector for Instance {
             ConstGauge::new(i64::try_from(*value).unwrap_or(i64::MAX))
                 .encode(kvm.encode_family(&labels)?)?;
         }
-        let own = self.probed.rows.iter().map(|row| (self.uuid.as_str(), row));
+        let own = self.probed.rows.iter().map(|row| (OWN, row));
         let rows: Vec<_> = own.chain(self.ended.iter().map(|row| (ENDED, row))).collect();
         let help = "Exits to user space by reason";
         let mut exits = encoder.encode_descriptor("exits", help, None, MetricType::Counter)?;
-        for (instance, row) in rows.iter().filter(|(_, row)| row.metric == Metric::Exits) {
+        for (scope, row) in rows.iter().filter(|(_, row)| row.metric == Metric::Exits) {
             for (reason, _, _, cell) in row.histogram.cells() {
                 let reason = exit_name(reason);
                 let labels = [
-                    ("instance", *instance),
+                    ("instance", self.uuid.as_str()),
+                    ("scope", *scope),
                     ("role", row.role.name()),
                     ("reason", reason.as_str()),
                 ];
@@ -103,10 +105,11 @@ impl prometheus_client::collector::Collector for Instance {
             Some(&Unit::Seconds),
             MetricType::Histogram,
         )?;
-        for (instance, row) in rows.iter().filter(|(_, row)| row.metric != Metric::Exits) {
-            let backing = if *instance == ENDED { "" } else { self.stats.backing.backing().name() };
+        for (scope, row) in rows.iter().filter(|(_, row)| row.metric != Metric::Exits) {
+            let backing = if *scope == ENDED { "" } else { self.stats.backing.backing().name() };
             let labels = [
-                ("instance", *instance),
+                ("instance", self.uuid.as_str()),
+                ("scope", *scope),
                 ("backing", backing),
                 ("role", row.role.name()),
                 ("what", row.metric.name()),

@@ -36,6 +36,7 @@ pub struct Seen {
 
 pub fn stats(args: &StatsArgs) -> Result<u8, CliError> {
     let (line, instance) = alive(&args.instance)?;
+    line.hurry()?;
     let interval = Duration::from_millis(args.interval);
     let look = || look(&line, instance.uuid);
     if args.live && !args.json && std::io::stdout().is_terminal() {

@@ -14,9 +14,12 @@ use crate::beacon;
 const SWEEP: Duration = Duration::from_secs(10);
 
 /// The probes of an owner, if it has any.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Watch(Arc<Watched>);
+
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    probes: Arc<Mutex<Option<Probes>>>,
+struct Watched {
+    probes: Mutex<Option<Probes>>,
     /// Processes that were heard of while the probes were being read.
     heard: Mutex<Vec<u32>>,
 }
@@ -25,7 +28,7 @@ impl Watch {
     /// Loads them.
     pub(super) fn load(&self, level: Level) -> Result<(), ProbeError> {
         *self.lock() = Some(Probes::load(level)?);
-        let watch = Arc::downgrade(&self.probes);
+        let watch = Arc::downgrade(&self.0);
         // It ends with the owner. Without a thread nobody sweeps but who reads, and the losses tell.
         let sweeper = std::thread::Builder::new().name("sweeper".into());
         drop(sweeper.spawn(move || {
@@ -33,17 +36,14 @@ impl Watch {
                 std::thread::sleep(SWEEP);
                 watch.upgrade()
             } {
-                // Whoever has it reads, too.
-                if let Ok(mut probes) = watch.try_lock() {
-                    drop(probes.as_mut().map(Probes::read));
-                }
+                drop(Self(watch).lock().as_mut().map(Probes::read));
             }
         }));
         Ok(())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Option<Probes>> {
-        let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut probes = self.0.probes.lock().unwrap_or_else(PoisonError::into_inner);
         self.catch_up(&mut probes);
         probes
     }
@@ -60,7 +60,7 @@ impl Watch {
     }
 
     fn heard(&self) -> MutexGuard<'_, Vec<u32>> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Measures a root, and what it forks from now on.
@@ -75,7 +75,7 @@ impl Watch {
     /// listener calls it: whoever takes the probes next sees to it.
     pub(super) fn track_relative(&self, pid: u32) {
         self.heard().push(pid);
-        if let Ok(mut probes) = self.probes.try_lock() {
+        if let Ok(mut probes) = self.0.probes.try_lock() {
             self.catch_up(&mut probes);
         }
     }

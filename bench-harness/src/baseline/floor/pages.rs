@@ -254,8 +254,12 @@ mod tests {
 
     #[test]
     fn a_private_page_is_cheaper_than_a_missing_one() {
-        let costs = measure(&image(64), &mut Vec::new()).unwrap();
-        assert!(costs.apply_hot.p50_us > 0.0 && costs.capture.p50_us > 0.0);
-        assert!(costs.apply.p50_us > costs.apply_hot.p50_us, "{costs:?}");
+        // Whoever else runs here may take the processor for as long as one measurement takes.
+        let all: Vec<_> = (0..10).map(|_| measure(&image(64), &mut Vec::new()).unwrap()).collect();
+        for costs in &all {
+            assert!(costs.apply_hot.p50_us > 0.0 && costs.capture.p50_us > 0.0);
+        }
+        let cheaper = all.iter().filter(|costs| costs.apply.p50_us > costs.apply_hot.p50_us);
+        assert!(cheaper.count() > 5, "{all:?}");
     }
 }
