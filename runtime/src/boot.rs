@@ -1,4 +1,8 @@
-//! Loading a bare guest: a static ELF that keeps to `guest/bare/ABI.md`.
+//! Loading a guest: a bare one, a static ELF that keeps to `guest/bare/ABI.md`, or Linux
+//! ([`linux`]).
+
+mod acpi;
+pub mod linux;
 
 use guest_abi::entry::{self, HOLE_START, PAGE};
 use guest_abi::param::Header;
@@ -41,6 +45,14 @@ pub enum BootError {
         base: u64,
         /// End of what is allowed.
         limit: u64,
+    },
+    /// The kernel is no Linux kernel, or cannot be booted.
+    #[error("cannot boot {path}: {what}")]
+    Kernel {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        what: String,
     },
     /// Guest memory could not be written.
     #[error("writing guest memory failed")]

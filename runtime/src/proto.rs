@@ -53,6 +53,20 @@ pub struct InstanceConfig {
     pub owner: PathBuf,
     /// Bare guest: a static ELF, see `guest/bare/ABI.md`.
     pub bare: PathBuf,
+    /// Linux kernel, a bzImage or vmlinux; empty: a bare guest is run.
+    pub kernel: PathBuf,
+    /// Its initramfs; empty: none.
+    pub initrd: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+impl InstanceConfig {
+    /// Whether the guest is Linux.
+    #[must_use]
+    pub fn is_linux(&self) -> bool {
+        !self.kernel.as_os_str().is_empty()
+    }
 }
 
 impl Default for InstanceConfig {
@@ -73,6 +87,9 @@ impl Default for InstanceConfig {
             standby_cpus: 0,
             owner: PathBuf::new(),
             bare: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+            cmdline: String::new(),
         }
     }
 }

@@ -42,7 +42,12 @@ pub struct Program {
     pub arguments: Vec<String>,
     /// Its environment besides `PATH`, `HOME` and `XDG_RUNTIME_DIR`.
     pub environment: Vec<(String, String)>,
+    /// Files that it finds in [`FILES`], by name.
+    pub files: Vec<(String, PathBuf)>,
 }
+
+/// Where a program finds its files.
+pub const FILES: &str = "/files";
 
 /// How a program ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +160,7 @@ pub fn folder_prefix() -> &'static str {
 }
 
 /// A folder that goes with this value.
+#[derive(Debug)]
 struct Folder(PathBuf);
 
 impl Folder {
@@ -255,6 +261,11 @@ fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
     for (index, program) in programs.iter().enumerate() {
         libraries.extend(libraries_of(&program.path)?);
         fs::copy(&program.path, root.join(format!("p/{index}")))?;
+        for (name, file) in &program.files {
+            let to = root.join(&FILES[1..]).join(name);
+            fs::create_dir_all(root.join(&FILES[1..]))?;
+            fs::copy(file, to).with_context(|| format!("packing {}", file.display()))?;
+        }
     }
     for library in libraries {
         let to = root.join(library.strip_prefix("/")?);
@@ -265,6 +276,11 @@ fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
     fs::write(&init, init_script(programs))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
     let packed = folder.join("initramfs.gz");
+    pack(&root, &packed)?;
+    Ok(packed)
+}
+
+fn pack(root: &Path, packed: &Path) -> Result<()> {
     let script = format!(
         "cd '{}' && find . | cpio -o -H newc --quiet | gzip -1 > '{}'",
         root.display(),
@@ -272,7 +288,42 @@ fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
     );
     let status = Command::new("sh").args(["-c", &script]).status()?;
     ensure!(status.success(), "cpio ended with {status}");
-    Ok(packed)
+    Ok(())
+}
+
+/// A Linux guest to run there: Debian's kernel and an initramfs with busybox, whose init is this
+/// shell script. They go with this value.
+#[derive(Debug)]
+pub struct LinuxGuest(Folder);
+
+impl LinuxGuest {
+    /// Makes one.
+    ///
+    /// # Errors
+    ///
+    /// What could not be made.
+    pub fn new(init: &str) -> Result<Self> {
+        let folder = Folder::new()?;
+        let root = folder.0.join("root");
+        for name in ["bin", "proc", "sys", "dev", "tmp"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        fs::copy(busybox().context("no busybox")?, root.join("bin/busybox"))?;
+        let file = root.join("init");
+        fs::write(&file, init)?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
+        pack(&root, &folder.0.join("guest.gz"))?;
+        Ok(Self(folder))
+    }
+
+    /// Its files, by name.
+    #[must_use]
+    pub fn files(&self) -> Vec<(String, PathBuf)> {
+        vec![
+            ("vmlinuz".to_owned(), kernel_folder().join("vmlinuz")),
+            ("guest.gz".to_owned(), self.0.0.join("guest.gz")),
+        ]
+    }
 }
 
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {

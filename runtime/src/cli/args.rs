@@ -1,6 +1,7 @@
 //! What can be typed.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -67,9 +68,25 @@ pub struct RunArgs {
     /// Run a bare-metal guest: a static ELF (see guest/bare/ABI.md), or the bundled one, which
     /// waits for programs
     // Empty: the bundled one. Not a path to clap, which takes no empty ones.
-    #[arg(long, value_name = "FILE.elf", required = true, num_args = 0..=1,
-          default_missing_value = "")]
-    pub bare: OsString,
+    #[arg(long, value_name = "FILE.elf", required_unless_present = "kernel", num_args = 0..=1,
+          default_missing_value = "", conflicts_with = "kernel")]
+    pub bare: Option<OsString>,
+    /// Boot Linux, a bzImage or vmlinux for x86-64, with its console on ttyS0 (new: no devices yet,
+    /// and forked from outside only)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Its initramfs
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "bare")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "kernel",
+        conflicts_with = "bare",
+        default_value = "console=ttyS0"
+    )]
+    pub cmdline: String,
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse::memory)]
     pub memory: u32,
@@ -296,13 +313,16 @@ mod tests {
     fn bare_may_stand_without_a_file() {
         let parse = |words: &[&str]| Arguments::try_parse_from(["runtime"].iter().chain(words));
         let bare = |words: &[&str]| match parse(words).map(|arguments| arguments.verb) {
-            Ok(Verb::Run(args)) => Some(args.bare),
+            Ok(Verb::Run(args)) => args.bare,
             _ => None,
         };
         assert_eq!(bare(&["run", "--bare"]), Some("".into()));
         assert_eq!(bare(&["run", "--bare", "--vcpus", "2"]), Some("".into()));
         assert_eq!(bare(&["run", "--bare", "x.elf"]), Some("x.elf".into()));
         assert!(parse(&["run"]).is_err());
+        assert!(parse(&["run", "--kernel", "vmlinuz", "--initrd", "initrd"]).is_ok());
+        assert!(parse(&["run", "--kernel", "vmlinuz", "--bare"]).is_err());
+        assert!(parse(&["run", "--bare", "--initrd", "initrd"]).is_err());
         assert!(parse(&["run", "--bare", "--memory", "512"]).is_err());
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ebpf_loader::Level;
+use runtime::boot::linux::{self, Linux};
 use runtime::boot::{self, BootError};
 use runtime::kvm::{DirtyMode, Host};
 use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
@@ -56,7 +57,7 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         lock(&screen).note(&format!("probes are off: {off}"));
     }
     let server = Server::start(&owner, probes_off)?;
-    let bundled = config.bare.as_os_str().is_empty();
+    let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
     let result = start(&owner, config).map(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
         lock(&screen).note(&format!("{root} runs{what}"));
@@ -98,7 +99,10 @@ fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
         realtime: !args.no_realtime,
         vcpu_cpus: args.vcpu_cpus.unwrap_or(0),
         standby_cpus: args.standby_cpus.unwrap_or(0),
-        bare: args.bare.clone().into(),
+        bare: args.bare.clone().unwrap_or_default().into(),
+        kernel: args.kernel.clone().unwrap_or_default(),
+        initrd: args.initrd.clone().unwrap_or_default(),
+        cmdline: args.cmdline.clone(),
         ..InstanceConfig::default()
     })
 }
@@ -106,18 +110,27 @@ fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
 /// Loads the guest into memory that is thrown away, so that a wrong file is told before anything is
 /// started.
 fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
-    if config.bare.as_os_str().is_empty() {
+    let linux = config.is_linux();
+    if !linux && config.bare.as_os_str().is_empty() {
         return Ok(());
     }
-    let file = read(&config.bare)?;
     let layout = RamLayout::new(config.memory_mib);
     let internal = |error: &dyn std::error::Error| CliError::internal(sys::chain(error));
     let mapping = Image::new(BackingKind::Small, layout.bytes())
         .and_then(|image| image.map_shared())
         .map_err(|error| internal(&error))?;
     let ram = guest_ram(&mapping, &layout).map_err(|error| internal(&error))?;
-    match boot::load(&file, &ram, &layout) {
-        Ok(_) => Ok(()),
+    let loaded = if linux {
+        let InstanceConfig { kernel, initrd, cmdline, .. } = config;
+        linux::load(&Linux { kernel, initrd, cmdline }, &ram, &layout, config.vcpus).map(drop)
+    } else {
+        boot::load(&read(&config.bare)?, &ram, &layout).map(drop)
+    };
+    match loaded {
+        Ok(()) => Ok(()),
+        Err(error @ (BootError::Read { .. } | BootError::Kernel { .. })) => {
+            Err(CliError::usage(sys::chain(&error)))
+        }
         Err(error @ (BootError::NotBare { .. } | BootError::Segment { .. })) => {
             let path = config.bare.display();
             Err(CliError::usage(format!("cannot run {path}: {}", sys::chain(&error))))

@@ -1,5 +1,8 @@
-//! Devices of a bare machine: the doorbell. What a device keeps is plain data.
+//! Devices of a machine: the doorbell, and for Linux a serial line. What a device keeps is plain data.
 
 mod answer;
+pub mod ports;
+mod serial;
 
 pub use answer::Answer;
+pub use serial::{Serial, SerialRegisters};

@@ -175,6 +175,7 @@ impl Standby {
         let state = shared.link.read_fork();
         let base = &shared.base.vcpus[0];
         vcpu.restore_most(&state.vcpus[0], Some(base)).map_err(at)?;
+        shared.instance.serial().restore(&state.serial);
         if !state.vm.same_irqchips(&shared.base.vm) {
             shared.instance.machine().restore_irqchips(&state.vm).map_err(at)?;
         }

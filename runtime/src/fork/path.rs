@@ -143,6 +143,7 @@ fn capture_state(instance: &Instance, vcpu: &mut Option<&mut Vcpu>) -> Result<()
         if let Some(vcpu) = vcpu {
             vcpu.save_most(&mut state.vcpus[vcpu.index() as usize])?;
         }
+        state.serial = instance.serial().save();
         instance.machine().save_irqchips(&mut state.vm)
     })
 }

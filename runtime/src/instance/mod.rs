@@ -24,7 +24,7 @@ pub use root::{READY, run_root};
 pub(crate) use vcpu::Action;
 
 use crate::beacon;
-use crate::device::Answer;
+use crate::device::{Answer, Serial};
 use crate::fork::{Engine, Identity, Link, Step, Zygote};
 use crate::kvm::{Kick, Machine};
 use crate::memory::{
@@ -84,6 +84,7 @@ pub struct Instance {
     /// Taken by the control thread.
     zygote: Mutex<Option<Zygote>>,
     zygote_pid: AtomicI32,
+    serial: Serial,
     /// Per vCPU.
     answers: Box<[Mutex<Answer>]>,
     vcpus: usize,
@@ -131,6 +132,7 @@ impl Instance {
             zygote_pid: AtomicI32::new(birth.zygote.pid().as_raw_nonzero().get()),
             zygote: Mutex::new(Some(birth.zygote)),
             image: Mutex::new(None),
+            serial: Serial::default(),
             answers: std::iter::repeat_with(Mutex::default).take(vcpus).collect(),
             vcpus,
             outbox: Mutex::default(),
@@ -183,6 +185,12 @@ impl Instance {
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// Its serial line.
+    #[must_use]
+    pub fn serial(&self) -> &Serial {
+        &self.serial
     }
 
     /// The gate of its vCPUs.

@@ -9,6 +9,7 @@ use rustix::net::RecvFlags;
 use super::vcpu::Action;
 use super::{Birth, Instance};
 use crate::beacon;
+use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
 use crate::fork::{
     Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Womb, Zygote,
@@ -95,14 +96,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
         ring_entries: config.ring_entries,
     };
     let (machine, mut vcpus, log) = Machine::new(&host, machine_config, &mapping, false)?;
-    let guest = if config.bare.as_os_str().is_empty() {
-        boot::EMBEDDED.to_vec()
-    } else {
-        std::fs::read(&config.bare)
-            .map_err(|source| BootError::Read { path: config.bare.display().to_string(), source })?
-    };
     let mut base = Base { vm: VmState::default(), vcpus: vec![VcpuState::default(); vcpus.len()] };
-    let count = config.vcpus;
     sys::install_kick_handler()?;
     let identity = Identity::new().map_err(|_| SysError::last("getrandom"))?;
     let kicks = vcpus.iter_mut().map(Vcpu::kick).collect();
@@ -121,13 +115,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
         engine: Engine::new(log, base),
     })?;
     instance.keep_image(image);
-    let ram = instance.ram();
-    let loaded = boot::load(&guest, ram, &layout)?;
-    let khz = vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
-    boot::prepare(ram, &layout, &loaded, count, khz)?;
-    for vcpu in &mut vcpus {
-        boot::start(vcpu, &loaded)?;
-    }
+    load_guest(&instance, layout, &mut vcpus)?;
     instance.come_alive();
     if let Some(text) = note {
         instance.post(Event::Note { text });
@@ -148,6 +136,26 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     instance.settle_thread();
     instance.gate().enter(0);
     Ok(instance.run_leader(leader, Action::Continue))
+}
+
+/// Puts the guest into memory, and its vCPUs to its beginning.
+fn load_guest(instance: &Instance, layout: RamLayout, vcpus: &mut [Vcpu]) -> Result<(), BootError> {
+    let (config, ram) = (instance.config(), instance.ram());
+    if config.is_linux() {
+        let InstanceConfig { kernel, initrd, cmdline, .. } = config;
+        let entry = linux::load(&Linux { kernel, initrd, cmdline }, ram, &layout, config.vcpus)?;
+        return vcpus.iter_mut().try_for_each(|vcpu| linux::start(vcpu, entry));
+    }
+    let guest = if config.bare.as_os_str().is_empty() {
+        boot::EMBEDDED.to_vec()
+    } else {
+        std::fs::read(&config.bare)
+            .map_err(|source| BootError::Read { path: config.bare.display().to_string(), source })?
+    };
+    let loaded = boot::load(&guest, ram, &layout)?;
+    let khz = vcpus.first().map_or(Ok(0), Vcpu::tsc_khz)?;
+    boot::prepare(ram, &layout, &loaded, config.vcpus, khz)?;
+    vcpus.iter_mut().try_for_each(|vcpu| boot::start(vcpu, &loaded))
 }
 
 fn receive_config(owner: &OwnedFd) -> Result<InstanceConfig, StartError> {

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Instance;
 use super::haste::Haste;
-use crate::device::Answer;
+use crate::device::{Answer, ports};
 use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
 use crate::memory::BackingKind;
@@ -166,10 +166,7 @@ impl Instance {
             Ok(None | Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
             Ok(Some(VcpuExit::IoOut(port, data))) => self.port_write(port, data, now),
             Ok(Some(VcpuExit::IoIn(port, data))) => {
-                data.fill(0);
-                if port == port::FORK {
-                    self.read_answer(index, data);
-                }
+                self.port_read(index, port, data);
                 Action::Continue
             }
             Ok(Some(VcpuExit::MmioRead(_, data))) => {
@@ -197,7 +194,60 @@ impl Instance {
         }
     }
 
+    fn port_read(&self, index: usize, port: u16, data: &mut [u8]) {
+        let linux = self.config.is_linux();
+        // Where there is nothing, Linux expects ones.
+        data.fill(if linux { 0xff } else { 0 });
+        match (port, port.wrapping_sub(ports::SERIAL), data) {
+            (port::FORK, _, data) => {
+                data.fill(0);
+                self.read_answer(index, data);
+            }
+            (_, offset @ 0..8, [byte]) if linux => {
+                *byte = self.serial.read(low_byte(offset));
+                self.interrupt();
+            }
+            (ports::SLEEP, _, data) if linux => data.fill(0),
+            _ => {}
+        }
+    }
+
+    /// What Linux writes to ports of its own; `None`: it is none of them.
+    fn linux_write(&self, port: u16, data: &[u8]) -> Option<Action> {
+        let byte = *data.first()?;
+        let end = |code| Some(Action::Exit { code, reason: None });
+        match (port, port.wrapping_sub(ports::SERIAL)) {
+            (_, offset @ 0..8) => {
+                let said = self.serial.write(low_byte(offset), byte);
+                if !said.is_empty() {
+                    self.post_console(&said);
+                }
+                self.interrupt();
+                Some(Action::Continue)
+            }
+            (ports::RESET, _) if byte == ports::RESET_VALUE => end(0),
+            (ports::SLEEP, _) => {
+                let off = ports::SLEEP_ENABLE | ports::SLEEP_OFF << ports::SLEEP_TYPE_SHIFT;
+                if byte == off { end(0) } else { Some(Action::Continue) }
+            }
+            _ => None,
+        }
+    }
+
+    /// Interrupts the guest if its serial line wants that.
+    fn interrupt(&self) {
+        if self.serial.interrupts() {
+            // It cannot fail for a line that the interrupt controllers have.
+            self.machine.pulse(ports::SERIAL_GSI).unwrap_or(());
+        }
+    }
+
     fn port_write(&self, port: u16, data: &[u8], now: u64) -> Action {
+        if self.config.is_linux()
+            && let Some(action) = self.linux_write(port, data)
+        {
+            return action;
+        }
         if port == port::CONSOLE {
             self.post_console(data);
             return Action::Continue;
@@ -436,6 +486,11 @@ impl Instance {
         self.gate.unblock(vcpu as usize);
         Ok(next)
     }
+}
+
+/// A port's distance from another, below eight.
+fn low_byte(offset: u16) -> u8 {
+    u8::try_from(offset & 7).unwrap_or(0)
 }
 
 /// The lower half of a word.

@@ -13,6 +13,9 @@ use super::{KvmError, MAX_MSRS, MAX_XSAVE};
 const CAP_DIRTY_LOG_RING_ACQ_REL: std::ffi::c_ulong = 223;
 /// `KVM_CAP_XSAVE2`: bytes of the extended register area.
 const CAP_XSAVE2: std::ffi::c_ulong = 208;
+/// CPUID.1:ECX.
+const TSC_DEADLINE: u32 = 1 << 24;
+const HYPERVISOR: u32 = 1 << 31;
 /// `MSR_IA32_TSC`: runs by itself; its offset is carried over instead (see `Machine`).
 const MSR_TSC: u32 = 0x10;
 /// `MSR_IA32_TSC_DEADLINE`: must be set after the LAPIC.
@@ -35,6 +38,8 @@ pub struct Host {
     pub(super) ring_entries: u32,
     /// Whether a crash that KVM has not yet told is part of a vCPU's events (Linux 6.1).
     pub(super) triple_fault_event: bool,
+    /// Whether the local APIC has a timer that takes a value of the TSC.
+    tsc_deadline: bool,
 }
 
 impl Host {
@@ -69,6 +74,7 @@ impl Host {
         }
         let ring_bytes = kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL);
         let triple_fault_event = kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
@@ -97,6 +103,7 @@ impl Host {
             xsave_bytes,
             ring_entries: u32::try_from(ring_bytes.max(0)).unwrap_or(0) / 16,
             triple_fault_event,
+            tsc_deadline,
         })
     }
 
@@ -104,6 +111,26 @@ impl Host {
     #[must_use]
     pub fn as_raw_fd(&self) -> std::os::fd::RawFd {
         std::os::fd::AsRawFd::as_raw_fd(&self.kvm)
+    }
+
+    /// CPUID of a vCPU: what KVM offers, and what it leaves to us to say.
+    pub(super) fn cpuid_of(&self, vcpu: u32) -> CpuId {
+        let mut cpuid = self.cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            match entry.function {
+                // Its APIC's id, that there is a hypervisor, and a timer that needs no calibration.
+                1 => {
+                    entry.ebx = entry.ebx & 0x00ff_ffff | vcpu << 24;
+                    entry.ecx |= HYPERVISOR;
+                    if self.tsc_deadline {
+                        entry.ecx |= TSC_DEADLINE;
+                    }
+                }
+                0xb | 0x1f => entry.edx = vcpu,
+                _ => {}
+            }
+        }
+        cpuid
     }
 
     /// Whether a crash that KVM has not yet told is part of a vCPU's events.

@@ -126,6 +126,18 @@ impl Machine {
         Ok((machine, vcpus, log))
     }
 
+    /// Interrupts the guest once, by an edge on line `gsi`.
+    ///
+    /// # Errors
+    ///
+    /// What KVM says.
+    pub fn pulse(&self, gsi: u32) -> Result<(), KvmError> {
+        for level in [true, false] {
+            self.vm.set_irq_line(gsi, level).map_err(KvmError::ioctl("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
     /// KVM's own statistics, over all vCPUs: name and sum. None if this KVM keeps none.
     ///
     /// # Errors

@@ -59,7 +59,7 @@ impl Kick {
 
 impl Vcpu {
     pub(super) fn new(host: &Host, mut fd: VcpuFd, index: u32) -> Result<Self, KvmError> {
-        fd.set_cpuid2(&host.cpuid).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
+        fd.set_cpuid2(&host.cpuid_of(index)).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         for set in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
             fd.set_sync_valid_reg(set);
         }

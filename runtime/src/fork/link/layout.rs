@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::super::step::{Fault, Stamps};
+use crate::device::SerialRegisters;
 use crate::kvm::{VcpuState, VmState};
 
 /// Most vCPUs of an instance.
@@ -76,6 +77,8 @@ pub struct Identity {
 pub struct MachineState {
     /// Outside the vCPUs.
     pub vm: VmState,
+    /// Devices.
+    pub serial: SerialRegisters,
     /// Per vCPU.
     pub vcpus: [VcpuState; MAX_VCPUS],
 }

@@ -1,0 +1,263 @@
+//! Loading Linux: 64-bit direct boot of a bzImage or vmlinux.
+//!
+//! ```text
+//!   0x1000 GDT   0x7000 zero page   0x9000 page tables   0x20000 command line
+//!   0xe0000 ACPI tables   1 MiB kernel   ...   initramfs at the end of low memory
+//! ```
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::Path;
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::{BootError, acpi};
+use crate::kvm::Vcpu;
+use crate::memory::{GuestRam, RamLayout};
+
+const GDT: u64 = 0x1000;
+const ZERO_PAGE: u64 = 0x7000;
+const PML4: u64 = 0x9000;
+const CMDLINE: u64 = 0x2_0000;
+/// With the byte at its end.
+const CMDLINE_MOST: usize = 2048;
+const EBDA: u64 = 0x9_fc00;
+const ACPI: u64 = 0xe_0000;
+const ACPI_END: u64 = 0x10_0000;
+const KERNEL: u64 = 0x10_0000;
+const PAGE: u64 = 0x1000;
+/// The page tables map so much, one to one.
+const MAPPED_GIB: u64 = 4;
+
+/// `e820` types.
+const RAM: u32 = 1;
+const RESERVED: u32 = 2;
+
+/// Code and data of 64-bit mode, as flat descriptors.
+const CODE: u64 = 0x00af_9b00_0000_ffff;
+const DATA: u64 = 0x00cf_9300_0000_ffff;
+
+/// `setup_header` fields: magic numbers and flags of the boot protocol.
+const MAGIC: u32 = 0x5372_6448;
+const BOOT_FLAG: u16 = 0xaa55;
+const LOADER_UNKNOWN: u8 = 0xff;
+const XLF_KERNEL_64: u16 = 1;
+/// A kernel's 64-bit entry point, behind the 32-bit one.
+const ENTRY_64: u64 = 0x200;
+
+/// What to boot.
+#[derive(Clone, Copy, Debug)]
+pub struct Linux<'a> {
+    /// bzImage or vmlinux.
+    pub kernel: &'a Path,
+    /// Initramfs; empty: none.
+    pub initrd: &'a Path,
+    /// Command line.
+    pub cmdline: &'a str,
+}
+
+/// Loads kernel, initramfs, command line and everything that the boot protocol wants to know.
+/// Returns the entry point.
+///
+/// # Errors
+///
+/// What is wrong with a file, or with its size.
+pub fn load(
+    what: &Linux<'_>,
+    ram: &GuestRam,
+    layout: &RamLayout,
+    vcpus: u32,
+) -> Result<u64, BootError> {
+    let bad = |what: String| move |path: &Path| kernel_error(path, what);
+    if what.cmdline.len() >= CMDLINE_MOST {
+        let text = format!(
+            "the command line has {} bytes, {} are allowed",
+            what.cmdline.len(),
+            CMDLINE_MOST - 1
+        );
+        return Err(bad(text)(what.kernel));
+    }
+    let low = layout.ranges().next().map_or(0, |range| range.len);
+    let (entry, end, header) = load_kernel(what.kernel, ram, low)?;
+    let mut params = boot_params { hdr: header, ..boot_params::default() };
+    params.hdr.type_of_loader = LOADER_UNKNOWN;
+    if !what.initrd.as_os_str().is_empty() {
+        let (start, size) = load_initrd(what.initrd, ram, end, low, &header)?;
+        params.hdr.ramdisk_image = start;
+        params.hdr.ramdisk_size = size;
+    }
+    ram.write_slice(what.cmdline.as_bytes(), GuestAddress(CMDLINE))?;
+    ram.write_obj(0_u8, GuestAddress(CMDLINE + what.cmdline.len() as u64))?;
+    params.hdr.cmd_line_ptr = word(CMDLINE);
+    params.hdr.cmdline_size = word(what.cmdline.len() as u64);
+    ram.write_slice(&acpi::tables(ACPI, vcpus), GuestAddress(ACPI))?;
+    params.acpi_rsdp_addr = ACPI;
+    map_of_memory(&mut params, *layout);
+    ram.write_slice(params.as_slice(), GuestAddress(ZERO_PAGE))?;
+    page_tables(ram)?;
+    for (index, descriptor) in (0_u64..).zip([0, 0, CODE, DATA]) {
+        ram.write_obj(descriptor, GuestAddress(GDT + index * 8))?;
+    }
+    Ok(entry)
+}
+
+fn kernel_error(path: &Path, what: String) -> BootError {
+    BootError::Kernel { path: path.display().to_string(), what }
+}
+
+fn read_error(path: &Path) -> impl Fn(std::io::Error) -> BootError + '_ {
+    |source| BootError::Read { path: path.display().to_string(), source }
+}
+
+/// Entry point, end in memory, and header of a kernel.
+fn load_kernel(
+    path: &Path,
+    ram: &GuestRam,
+    low: u64,
+) -> Result<(u64, u64, setup_header), BootError> {
+    let mut file = File::open(path).map_err(read_error(path))?;
+    let mut magic = [0; 4];
+    file.read_exact(&mut magic).map_err(read_error(path))?;
+    file.rewind().map_err(read_error(path))?;
+    let size = file.metadata().map_err(read_error(path))?.len();
+    let too_small = |end: u64| {
+        let text = format!(
+            "it needs {} MiB of memory, the machine has {} below 3 GiB; see --memory",
+            end.div_ceil(1 << 20),
+            low >> 20
+        );
+        kernel_error(path, text)
+    };
+    let wrong = |error: linux_loader::loader::Error| kernel_error(path, error.to_string());
+    if &magic == b"\x7fELF" {
+        let at = Some(GuestAddress(KERNEL));
+        let loaded = Elf::load(ram, None, &mut file, at).map_err(wrong)?;
+        let header = setup_header {
+            boot_flag: BOOT_FLAG,
+            header: MAGIC,
+            kernel_alignment: 0x100_0000,
+            initrd_addr_max: 0x7fff_ffff,
+            ..setup_header::default()
+        };
+        return Ok((loaded.kernel_load.0, loaded.kernel_end, header));
+    }
+    if KERNEL + size > low {
+        return Err(too_small(KERNEL + size));
+    }
+    let loaded = BzImage::load(ram, Some(GuestAddress(KERNEL)), &mut file, None).map_err(wrong)?;
+    let header = loaded.setup_header.unwrap_or_default();
+    if { header.xloadflags } & XLF_KERNEL_64 == 0 {
+        return Err(kernel_error(path, "it has no 64-bit entry point".to_owned()));
+    }
+    // It unpacks itself here, at the latest.
+    let end = loaded.kernel_end.max({ header.pref_address } + u64::from(header.init_size));
+    if end > low {
+        return Err(too_small(end));
+    }
+    Ok((KERNEL + ENTRY_64, end, header))
+}
+
+/// Puts the initramfs as high as the kernel takes it. Returns where, and its size.
+fn load_initrd(
+    path: &Path,
+    ram: &GuestRam,
+    kernel_end: u64,
+    low: u64,
+    header: &setup_header,
+) -> Result<(u32, u32), BootError> {
+    let mut file = File::open(path).map_err(read_error(path))?;
+    let size = file.metadata().map_err(read_error(path))?.len();
+    let most = low.min(u64::from(header.initrd_addr_max) + 1);
+    let start = most.checked_sub(size).map_or(0, |start| start & !(PAGE - 1));
+    if start < kernel_end {
+        let text = format!(
+            "kernel and initramfs need {} MiB of memory, the machine has {}; see --memory",
+            (kernel_end + size).div_ceil(1 << 20),
+            low >> 20
+        );
+        return Err(kernel_error(path, text));
+    }
+    let bytes = usize::try_from(size).unwrap_or(usize::MAX);
+    ram.read_exact_volatile_from(GuestAddress(start), &mut file, bytes)?;
+    Ok((word(start), word(size)))
+}
+
+/// What lies below 4 GiB here.
+fn word(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+fn map_of_memory(params: &mut boot_params, layout: RamLayout) {
+    let mut entries = vec![(0, EBDA, RAM), (EBDA, 0xa_0000, RESERVED), (ACPI, ACPI_END, RESERVED)];
+    for range in layout.ranges() {
+        entries.push((range.start.max(KERNEL), range.start + range.len, RAM));
+    }
+    params.e820_entries = u8::try_from(entries.len()).unwrap_or(0);
+    for (place, (start, end, kind)) in params.e820_table.iter_mut().zip(entries) {
+        *place = boot_e820_entry { addr: start, size: end - start, r#type: kind };
+    }
+}
+
+/// The first gigabytes, one to one, in pages of 2 MiB.
+fn page_tables(ram: &GuestRam) -> Result<(), BootError> {
+    let (table, huge) = (0x3, 0x83);
+    let pdpt = PML4 + PAGE;
+    ram.write_obj(pdpt | table, GuestAddress(PML4))?;
+    for gib in 0..MAPPED_GIB {
+        let directory = pdpt + PAGE + gib * PAGE;
+        ram.write_obj(directory | table, GuestAddress(pdpt + gib * 8))?;
+        for index in 0..512 {
+            let page = gib << 30 | index << 21;
+            ram.write_obj(page | huge, GuestAddress(directory + index * 8))?;
+        }
+    }
+    Ok(())
+}
+
+/// Registers at the entry point, of the first vCPU; the others wait for it to start them.
+///
+/// # Errors
+///
+/// What KVM says.
+pub fn start(vcpu: &mut Vcpu, entry: u64) -> Result<(), BootError> {
+    if vcpu.index() > 0 {
+        return Ok(());
+    }
+    let regs = kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: 2, ..Default::default() };
+    vcpu.boot(&regs, set_sregs)?;
+    Ok(())
+}
+
+fn set_sregs(sregs: &mut kvm_sregs) {
+    let code = kvm_segment {
+        limit: 0xffff_ffff,
+        selector: 0x10,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment { selector: 0x18, type_: 3, db: 1, l: 0, ..code };
+    sregs.cs = code;
+    sregs.ds = data;
+    sregs.es = data;
+    sregs.fs = data;
+    sregs.gs = data;
+    sregs.ss = data;
+    sregs.gdt.base = GDT;
+    sregs.gdt.limit = 31;
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+    sregs.cr3 = PML4;
+    // PAE.
+    sregs.cr4 = 0x20;
+    // Paging, numeric errors, extension type, protection.
+    sregs.cr0 = 0x8000_0031;
+    // Long mode, enabled and active.
+    sregs.efer = 0x500;
+}
