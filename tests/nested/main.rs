@@ -44,7 +44,7 @@ fn main() {
     let linux = std::env::var_os(LINUX).is_some();
     if !linux {
         eprintln!(
-            "the Linux tests are ignored: the guest stands still in most boots below QEMU's SVM; \
+            "the Linux tests are ignored: the guest stands still in many boots below QEMU's SVM; \
              {LINUX}=1 runs them"
         );
     }

@@ -144,6 +144,7 @@ fn load_guest(instance: &Instance, layout: RamLayout, vcpus: &mut [Vcpu]) -> Res
     if config.is_linux() {
         let InstanceConfig { kernel, initrd, cmdline, .. } = config;
         let entry = linux::load(&Linux { kernel, initrd, cmdline }, ram, &layout, config.vcpus)?;
+        instance.machine().mask_pics()?;
         return vcpus.iter_mut().try_for_each(|vcpu| linux::start(vcpu, entry));
     }
     let guest = if config.bare.as_os_str().is_empty() {
