@@ -233,25 +233,31 @@ pub fn start(vcpu: &mut Vcpu, loaded: &Loaded) -> Result<(), BootError> {
 
 const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 
-fn set_sregs(sregs: &mut kvm_sregs) {
+/// Flat segments of 64-bit mode, with these selectors of code and data, at the privilege level that
+/// these ask for.
+fn set_segments(sregs: &mut kvm_sregs, code: u16, data: u16) {
     let code = kvm_segment {
         limit: 0xffff_ffff,
-        selector: 0x33,
+        selector: code,
         type_: 11,
         present: 1,
-        dpl: 3,
+        dpl: code.to_le_bytes()[0] & 3,
         s: 1,
         l: 1,
         g: 1,
         ..Default::default()
     };
-    let data = kvm_segment { selector: 0x2b, type_: 3, db: 1, l: 0, ..code };
+    let data = kvm_segment { selector: data, type_: 3, db: 1, l: 0, ..code };
     sregs.cs = code;
     sregs.ds = data;
     sregs.es = data;
     sregs.fs = data;
     sregs.gs = data;
     sregs.ss = data;
+}
+
+fn set_sregs(sregs: &mut kvm_sregs) {
+    set_segments(sregs, 0x33, 0x2b);
     sregs.tr = kvm_segment {
         base: entry::TSS,
         limit: u32::try_from(entry::TSS_LIMIT).unwrap_or(0),

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::Path;
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -232,23 +232,7 @@ pub fn start(vcpu: &mut Vcpu, entry: u64) -> Result<(), BootError> {
 }
 
 fn set_sregs(sregs: &mut kvm_sregs) {
-    let code = kvm_segment {
-        limit: 0xffff_ffff,
-        selector: 0x10,
-        type_: 11,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment { selector: 0x18, type_: 3, db: 1, l: 0, ..code };
-    sregs.cs = code;
-    sregs.ds = data;
-    sregs.es = data;
-    sregs.fs = data;
-    sregs.gs = data;
-    sregs.ss = data;
+    super::set_segments(sregs, 0x10, 0x18);
     sregs.gdt.base = GDT;
     sregs.gdt.limit = 31;
     sregs.idt.base = 0;
