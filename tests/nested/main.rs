@@ -17,8 +17,6 @@ mod probes;
 
 /// Set inside.
 const INSIDE: &str = "UKP_INSIDE";
-/// Set outside, by whoever wants tests with Linux guests.
-const LINUX: &str = "UKP_LINUX";
 /// Begins the line that says what became of a test.
 const TOLD: &str = "@ukp-test ";
 /// How long the host may take, boot and all tests.
@@ -41,26 +39,18 @@ fn main() {
     if let Some(missing) = &missing {
         eprintln!("the nested tests are ignored: {missing}");
     }
-    let linux = std::env::var_os(LINUX).is_some();
-    if !linux {
-        eprintln!(
-            "the Linux tests are ignored: the guest stands still in many boots below QEMU's SVM; \
-             {LINUX}=1 runs them"
-        );
-    }
-    let ignored = |name: &str| missing.is_some() || !linux && name.starts_with("linux::");
     let all: Vec<&str> = cases().iter().map(|(name, _)| *name).collect();
-    let wanted: Vec<&str> = all.iter().copied().filter(|name| !ignored(name)).collect();
+    let ignored = missing.is_some();
     let results = Arc::new(OnceLock::new());
     let trials = all.iter().map(|name| {
-        let (results, missing, wanted) = (results.clone(), missing.clone(), wanted.clone());
+        let (results, missing, all) = (results.clone(), missing.clone(), all.clone());
         let name = *name;
         let body = move || match missing {
             // Asked for all the same.
             Some(missing) => Err(Failed::from(missing)),
-            None => result(results.get_or_init(|| outside(&wanted)), name),
+            None => result(results.get_or_init(|| outside(&all)), name),
         };
-        Trial::test(format!("nested::{name}"), body).with_ignored_flag(ignored(name))
+        Trial::test(format!("nested::{name}"), body).with_ignored_flag(ignored)
     });
     let mut trials: Vec<_> = trials.collect();
     trials.push(
