@@ -67,7 +67,7 @@ fn stopped() -> Result<()> {
     let sleeper = Program {
         name: "sleeper".to_owned(),
         path: "/bin/sh".into(),
-        arguments: vec!["-c".to_owned(), "'echo asleep; /bin/busybox sleep 1000'".to_owned()],
+        arguments: vec!["-c".to_owned(), "echo asleep; /bin/busybox sleep 1000".to_owned()],
         environment: Vec::new(),
         files: Vec::new(),
     };

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   0x1000 GDT   0x7000 zero page   0x9000 page tables   0x20000 command line
-//!   0xe0000 ACPI tables   1 MiB kernel   ...   initramfs at the end of low memory
+//!   0xe0000 ACPI tables   0xffff0 reset vector   1 MiB kernel   ...
+//!   initramfs at the end of low memory
 //! ```
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{BootError, acpi};
+use crate::device::ports;
 use crate::kvm::Vcpu;
 use crate::memory::{GuestRam, RamLayout};
 
@@ -28,6 +30,19 @@ const EBDA: u64 = 0x9_fc00;
 const ACPI: u64 = 0xe_0000;
 const ACPI_END: u64 = 0x10_0000;
 const KERNEL: u64 = 0x10_0000;
+/// Where a kernel goes, in real mode, that restarts a machine without legacy hardware: it takes it
+/// for one with EFI, finds none, and falls back to the firmware.
+const RESET_VECTOR: u64 = 0xf_fff0;
+/// `mov $port, %dx; mov $value, %al; out %al, (%dx); hlt`
+const RESET_CODE: [u8; 7] = [
+    0xba,
+    ports::RESET.to_le_bytes()[0],
+    ports::RESET.to_le_bytes()[1],
+    0xb0,
+    ports::RESET_VALUE,
+    0xee,
+    0xf4,
+];
 const PAGE: u64 = 0x1000;
 /// The page tables map so much, one to one.
 const MAPPED_GIB: u64 = 4;
@@ -94,6 +109,7 @@ pub fn load(
     params.hdr.cmd_line_ptr = word(CMDLINE);
     params.hdr.cmdline_size = word(what.cmdline.len() as u64);
     ram.write_slice(&acpi::tables(ACPI, vcpus), GuestAddress(ACPI))?;
+    ram.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
     params.acpi_rsdp_addr = ACPI;
     map_of_memory(&mut params, *layout);
     ram.write_slice(params.as_slice(), GuestAddress(ZERO_PAGE))?;

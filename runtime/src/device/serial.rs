@@ -30,17 +30,51 @@ impl Trigger for Asked {
     }
 }
 
+/// How a line begins with which Linux says that it goes no further; and, with `END`, that it has
+/// said all.
+const PANIC: &str = "Kernel panic - not syncing";
+const END: &str = "---[ end Kernel panic";
+/// Longest line that is looked at.
+const LINE: usize = 512;
+
+/// Listens to what the guest says, for a panic.
+#[derive(Debug, Default)]
+struct Panic {
+    line: Vec<u8>,
+    reason: Option<String>,
+    ended: bool,
+}
+
+impl Panic {
+    fn hear(&mut self, byte: u8) {
+        if byte != b'\n' {
+            if self.line.len() < LINE {
+                self.line.push(byte);
+            }
+            return;
+        }
+        let line = String::from_utf8_lossy(&self.line);
+        if self.reason.is_none() {
+            self.reason = line.find(PANIC).map(|at| line[at..].trim_end().to_owned());
+        }
+        self.ended |= line.contains(END);
+        self.line.clear();
+    }
+}
+
 /// The device.
 #[derive(Debug)]
 pub struct Serial {
     device: Mutex<Device<Asked, NoEvents, Vec<u8>>>,
     asked: Asked,
+    panic: Mutex<Panic>,
 }
 
 impl Default for Serial {
     fn default() -> Self {
         let asked = Asked::default();
-        Self { device: Mutex::new(Device::new(asked.clone(), Vec::new())), asked }
+        let device = Mutex::new(Device::new(asked.clone(), Vec::new()));
+        Self { device, asked, panic: Mutex::default() }
     }
 }
 
@@ -50,7 +84,20 @@ impl Serial {
         let mut device = self.lock();
         // The only error is that of a trigger or a sink, which have none.
         device.write(offset, value).unwrap_or(());
-        std::mem::take(device.writer_mut())
+        let said = std::mem::take(device.writer_mut());
+        if !said.is_empty() {
+            let mut panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+            for byte in &said {
+                panic.hear(*byte);
+            }
+        }
+        said
+    }
+
+    /// What the guest's kernel said when it panicked, and whether it has said all.
+    pub fn panic(&self) -> Option<(String, bool)> {
+        let panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+        panic.reason.clone().map(|reason| (reason, panic.ended))
     }
 
     /// The guest reads a register.
@@ -110,6 +157,23 @@ impl Serial {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_heard() {
+        let serial = Serial::default();
+        let say = |text: &str| {
+            for byte in text.bytes() {
+                serial.write(0, byte);
+            }
+        };
+        say("[    1.0] all is well, no Kernel panic here\r\n");
+        assert_eq!(serial.panic(), None);
+        say("[    1.1] Kernel panic - not syncing: No working init found.\r\n");
+        let reason = "Kernel panic - not syncing: No working init found.".to_owned();
+        assert_eq!(serial.panic(), Some((reason.clone(), false)));
+        say("[    1.2] ---[ end Kernel panic - not syncing: No working init found. ]---\r\n");
+        assert_eq!(serial.panic(), Some((reason, true)));
+    }
 
     #[test]
     fn what_is_saved_is_restored_and_the_guest_goes_on() {

@@ -25,12 +25,11 @@ const ALL_SYNC_REGS: i32 = 7;
 /// Old kernels and what they lack.
 const NEWER_KERNEL: &str = "boot a newer kernel, or one whose KVM offers it";
 
-const NEEDED: [(Cap, &str, &str); 8] = [
+const NEEDED: [(Cap, &str, &str); 7] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
     (Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "registers without an ioctl"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
-    (Cap::Xcrs, "KVM_CAP_XCRS", "extended registers"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions"),
     (Cap::MpState, "KVM_CAP_MP_STATE", "halted vCPUs"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),

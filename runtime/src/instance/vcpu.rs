@@ -223,9 +223,16 @@ impl Instance {
                     self.post_console(&said);
                 }
                 self.interrupt();
-                Some(Action::Continue)
+                match (byte, self.serial.panic()) {
+                    // It would stand still from here on.
+                    (b'\n', Some((reason, true))) => Some(panicked(&reason)),
+                    _ => Some(Action::Continue),
+                }
             }
-            (ports::RESET, _) if byte == ports::RESET_VALUE => end(0),
+            (ports::RESET, _) if byte == ports::RESET_VALUE => match self.serial.panic() {
+                Some((reason, _)) => Some(panicked(&reason)),
+                None => end(0),
+            },
             (ports::SLEEP, _) => {
                 let off = ports::SLEEP_ENABLE | ports::SLEEP_OFF << ports::SLEEP_TYPE_SHIFT;
                 if byte == off { end(0) } else { Some(Action::Continue) }
@@ -486,6 +493,12 @@ impl Instance {
         self.gate.unblock(vcpu as usize);
         Ok(next)
     }
+}
+
+/// The end of an instance whose kernel panicked.
+fn panicked(reason: &str) -> Action {
+    let reason = format!("its kernel stopped: {reason}; the console has more");
+    Action::Exit { code: CRASHED, reason: Some(reason) }
 }
 
 /// A port's distance from another, below eight.

@@ -23,6 +23,7 @@ pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// An open `/dev/kvm` and its abilities.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "what a host can do is yes or no")]
 pub struct Host {
     /// The device.
     pub(super) kvm: Kvm,
@@ -38,6 +39,8 @@ pub struct Host {
     pub(super) ring_entries: u32,
     /// Whether a crash that KVM has not yet told is part of a vCPU's events (Linux 6.1).
     pub(super) triple_fault_event: bool,
+    /// Whether there are extended control registers: not on a processor without XSAVE.
+    pub(super) xcrs: bool,
     /// Whether the local APIC has a timer that takes a value of the TSC.
     tsc_deadline: bool,
 }
@@ -57,7 +60,6 @@ impl Host {
             (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
             (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
             (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
-            (Cap::Xcrs, "KVM_CAP_XCRS", "extended registers"),
         ] {
             if !kvm.check_extension(cap) {
                 return Err(KvmError::MissingCapability { capability, purpose });
@@ -96,6 +98,7 @@ impl Host {
         }
         let msrs = usable_msrs(&kvm, &cpuid, msrs)?;
         Ok(Self {
+            xcrs: kvm.check_extension(Cap::Xcrs),
             kvm,
             cpuid,
             msrs,

@@ -19,11 +19,14 @@ const MOST_EXITS: u32 = 4096;
 
 /// A vCPU and the buffers that saving and restoring it need, so that neither allocates.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "what a host can do is yes or no")]
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
     index: u32,
     msrs: Msrs,
     xsave2: bool,
+    /// Whether there are extended control registers.
+    xcrs: bool,
     xsave_bytes: u32,
     /// The last exit was an access whose instruction KVM finishes at the next entry.
     unfinished: bool,
@@ -77,6 +80,7 @@ impl Vcpu {
             index,
             msrs,
             xsave2: host.xsave2,
+            xcrs: host.xcrs,
             xsave_bytes: host.xsave_bytes,
             unfinished: false,
             accessed: false,
@@ -214,7 +218,9 @@ impl Vcpu {
     /// The ioctl that failed.
     pub fn save_rest(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
         state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
-        state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
+        if self.xcrs {
+            state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
+        }
         Ok(())
     }
 
@@ -258,7 +264,7 @@ impl Vcpu {
     ///
     /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR was refused.
     pub fn restore(&mut self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
-        if from.is_none_or(|from| to.xcrs != from.xcrs) {
+        if self.xcrs && from.is_none_or(|from| to.xcrs != from.xcrs) {
             self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
         }
         self.restore_most(to, from)?;
@@ -272,7 +278,7 @@ impl Vcpu {
     ///
     /// The ioctl that failed.
     pub fn restore_rest(&mut self, to: &VcpuState, from: &VcpuState) -> Result<(), KvmError> {
-        if to.xcrs != from.xcrs {
+        if self.xcrs && to.xcrs != from.xcrs {
             self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
             // Checked against the control register when it was set, so it is set again.
             self.restore_xsave(to)?;
