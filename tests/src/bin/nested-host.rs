@@ -27,8 +27,8 @@ struct Arguments {
     /// The program; the libraries that it needs come along.
     program: PathBuf,
     /// Its arguments.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    arguments: Vec<String>,
+    #[arg(value_name = "ARGUMENTS", trailing_var_arg = true, allow_hyphen_values = true)]
+    rest: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -54,7 +54,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     let program = Program {
         name: "program".to_owned(),
         path: arguments.program,
-        arguments: arguments.arguments,
+        arguments: arguments.rest,
         environment: environment?,
         files: files?.into_iter().map(|(name, path)| (name, path.into())).collect(),
     };
