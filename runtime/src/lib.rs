@@ -7,11 +7,13 @@
 //! | [`owner`] | the other side: the process that runs a tree of instances |
 //! | [`kvm`], [`memory`], [`device`], [`boot`] | what a machine is made of |
 //! | [`proto`] | what owner and instance say to each other |
+//! | [`agent`] | asking the agent in a Linux guest |
 //! | [`beacon`] | what an instance says about itself to the probes in the kernel |
 //! | [`doctor`] | whether this host can fork machines, and what would make it faster |
 //!
 //! Dependencies point down: `owner` speaks to `instance` through `proto` alone.
 
+pub mod agent;
 pub mod beacon;
 pub mod boot;
 pub mod device;

@@ -31,6 +31,10 @@ pub enum Verb {
     Ps(PsArgs),
     /// Fork a running instance; prints the UUIDs of the children
     Branch(BranchArgs),
+    /// Run a program in a Linux instance, and end with its exit code
+    Exec(ExecArgs),
+    /// Copy a file to or from a Linux instance: INSTANCE:/PATH on one of the two sides
+    Cp(CpArgs),
     /// Wait until an instance has ended; prints its exit code and ends with it
     #[command(after_help = EXIT_CODES)]
     Wait(InstanceArgs),
@@ -155,6 +159,37 @@ pub struct BranchArgs {
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Hand stdin on to the program
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the program a terminal, and hand on what is typed
+    #[arg(short, long)]
+    pub tty: bool,
+    /// A variable of the program's environment
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = parse::variable)]
+    pub env: Vec<(String, String)>,
+    /// Where in the guest it runs [default: where the workload does]
+    #[arg(short, long, value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// Arguments of `cp`.
+#[derive(Debug, Args)]
+pub struct CpArgs {
+    /// From where: a path, or INSTANCE:/PATH
+    pub from: String,
+    /// To where: a path, or INSTANCE:/PATH; with a / at its end: into that folder
+    pub to: String,
 }
 
 /// Arguments of verbs that take an instance alone.

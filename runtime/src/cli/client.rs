@@ -1,7 +1,7 @@
 //! The other side: finds owners, finds instances among them, and asks.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use runtime::proto::MAX_MESSAGE;
@@ -23,6 +23,7 @@ const CANDIDATES: usize = 6;
 #[derive(Debug)]
 pub struct Line {
     socket: OwnedFd,
+    folder: PathBuf,
 }
 
 impl Line {
@@ -34,7 +35,12 @@ impl Line {
                 .ok()?;
         let address = SocketAddrUnix::new(folder.join(SOCKET)).ok()?;
         rustix::net::connect(&socket, &address).ok()?;
-        Some(Self { socket })
+        Some(Self { socket, folder: folder.to_owned() })
+    }
+
+    /// The owner's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn send(&self, ask: &Ask) -> Result<(), CliError> {

@@ -11,6 +11,7 @@
 //! | `args`, `parse` | what can be typed |
 //! | `run`, `console`, `signals` | the foreground owner |
 //! | `wire`, `serve`, `client` | what is said between processes |
+//! | `guest` | what the agent in a Linux guest is asked for |
 //! | `verbs`, `ps`, `doctor` | everything else that can be asked for |
 //!
 //! Exit codes are those of [`error`]; the guest's own code otherwise.
@@ -20,6 +21,7 @@ mod client;
 mod console;
 mod doctor;
 mod error;
+mod guest;
 mod live;
 mod parse;
 mod prometheus;
@@ -62,6 +64,8 @@ impl Verb {
             Self::Run(args) => run::run(&args),
             Self::Ps(args) => ps::run(&args),
             Self::Branch(args) => verbs::branch(&args),
+            Self::Exec(args) => guest::exec(&args),
+            Self::Cp(args) => guest::cp(&args),
             Self::Wait(args) => verbs::wait(&args),
             Self::Stop(args) => verbs::stop(&args),
             Self::Kill(args) => verbs::kill(&args),

@@ -44,6 +44,14 @@ pub fn shown(mask: u64) -> String {
     named.collect::<Vec<_>>().join(",")
 }
 
+/// Name and value of a variable.
+pub fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("a name and a value are needed, such as LANG=C.UTF-8".into()),
+    }
+}
+
 /// The beginning of a UUID, as somebody typed it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefix {

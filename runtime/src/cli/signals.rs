@@ -2,9 +2,10 @@
 #![expect(unsafe_code, reason = "signal masks and signalfd have no safe wrapper")]
 
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use runtime::sys::SysError;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Signals that end `run`.
 const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
@@ -47,6 +48,15 @@ impl Signals {
         // SAFETY: a new descriptor that nobody else owns.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self { file })
+    }
+
+    /// Waits for a signal for so long; returns its number.
+    pub fn wait(&self, time: Duration) -> Option<i32> {
+        let time = Timespec::try_from(time).ok();
+        let mut fds = [PollFd::new(&self.file, PollFlags::IN)];
+        // EINTR: the caller looks again.
+        let ready = poll(&mut fds, time.as_ref()).is_ok_and(|ready| ready > 0);
+        ready.then(|| self.read())
     }
 
     /// Waits for a signal, or until `other` hangs up; returns the signal's number.

@@ -17,6 +17,7 @@
 //!
 //! When the owner goes, its instances end.
 
+mod agents;
 mod error;
 mod folder;
 mod listen;
@@ -34,6 +35,7 @@ use ebpf_loader::{Level, ProbeError, Probes};
 use uuid::Uuid;
 
 pub use crate::program::play_part as instance_if_asked;
+use agents::Agents;
 pub use error::OwnerError;
 use folder::Folder;
 pub use folder::folders;
@@ -56,6 +58,8 @@ pub struct Owner {
     shared: Arc<Shared>,
     folder: Folder,
     roots: Mutex<Vec<Root>>,
+    /// Answers guests that have an agent, from the first one on.
+    agents: Mutex<Option<Agents>>,
 }
 
 impl Owner {
@@ -92,7 +96,7 @@ impl Owner {
         let socket = listen::socket(&folder.path().join("owner"))?;
         let shared = Shared::new(listener, memory)?;
         listen::start(&shared, socket)?;
-        Ok(Self { shared, folder, roots: Mutex::default() })
+        Ok(Self { shared, folder, roots: Mutex::default(), agents: Mutex::default() })
     }
 
     /// The folder of its sockets, see [`folders`]. It goes with the owner.
@@ -122,6 +126,9 @@ impl Owner {
     /// Why it could not be started.
     pub fn start(&self, mut config: InstanceConfig) -> Result<Uuid, OwnerError> {
         config.owner = self.folder.path().join("owner");
+        if config.is_linux() {
+            self.answer_agents()?;
+        }
         let (ours, theirs) = sys::socket_pair()?;
         let root = Root::spawn(&theirs)?;
         let pid = root.pid();
@@ -153,6 +160,14 @@ impl Owner {
             root.uuid = Some(uuid);
         }
         Ok(uuid)
+    }
+
+    fn answer_agents(&self) -> Result<(), SysError> {
+        let mut agents = self.agents.lock().unwrap_or_else(PoisonError::into_inner);
+        if agents.is_none() {
+            *agents = Some(Agents::start(&self.shared, self.folder.path())?);
+        }
+        Ok(())
     }
 
     fn roots(&self) -> MutexGuard<'_, Vec<Root>> {

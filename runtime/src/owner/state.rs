@@ -29,6 +29,8 @@ pub struct Known {
     pub vcpus: u32,
     /// Guest RAM.
     pub memory_mib: u32,
+    /// When it called, in seconds since the epoch.
+    pub created: u64,
     /// When it called, in nanoseconds of the monotonic clock.
     pub called_ns: u64,
     /// Results of programs by vCPU and sequence number.
@@ -156,6 +158,13 @@ impl Shared {
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever waits looks again.
+    pub(super) fn wake(&self) {
+        // Between its look and its sleep nobody is waiting: with the lock it is past that.
+        drop(self.state());
+        self.changed.notify_all();
     }
 
     /// Ends the listening thread.
@@ -333,6 +342,7 @@ impl State {
                     pid: *pid,
                     vcpus: *vcpus,
                     memory_mib: *memory_mib,
+                    created: crate::sys::realtime_ns() / 1_000_000_000,
                     called_ns: crate::sys::now_ns(),
                     results: HashMap::new(),
                     forks: VecDeque::new(),

@@ -1,0 +1,277 @@
+//! Asks the agent in a Linux guest: is it there, run this, copy that.
+//!
+//! Each question is a connection of its own to the instance's socket, by the convention
+//! of Firecracker's vsock: `CONNECT port`, `OK port`, and from there on what the guest says.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use guest_wire::{
+    AGENT_PORT, Frame, FrameError, Kind, Reply, Request, Terminal, control, read_frame,
+    write_control, write_frame,
+};
+use thiserror::Error;
+use uuid::Uuid;
+
+/// How long an agent may take to say that it is there.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes of a file in one frame.
+const PIECE: usize = 32 * 1024;
+/// Longest answer to `CONNECT`.
+const LINE: usize = 64;
+
+/// Why an agent does not do what it was asked for.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// Nobody listens.
+    #[error("the instance has no agent socket (a bare guest has no agent): {}", path.display())]
+    NoSocket {
+        /// Where.
+        path: PathBuf,
+        /// What connect(2) says.
+        source: io::Error,
+    },
+    /// The guest refuses the connection.
+    #[error("no agent answers in the guest: it was booted without one, or is not up yet")]
+    NoAgent,
+    /// The connection failed on the way.
+    #[error("the connection to the agent failed")]
+    Lost(#[source] FrameError),
+    /// The agent does not say what the protocol wants.
+    #[error("the agent said what does not fit: {0}")]
+    Unexpected(String),
+    /// What the agent refuses, or cannot do.
+    #[error("in the guest: {message}")]
+    Refused {
+        /// Linux's error number.
+        errno: i32,
+        /// What failed.
+        message: String,
+    },
+    /// A file here.
+    #[error("here: {0}")]
+    Local(#[source] io::Error),
+}
+
+/// The socket of an instance in its owner's folder.
+#[must_use]
+pub fn socket_of(folder: &Path, instance: Uuid) -> PathBuf {
+    folder.join(format!("{instance}.vsock"))
+}
+
+/// A connection to an agent, for one request.
+#[derive(Debug)]
+pub struct Agent {
+    stream: UnixStream,
+}
+
+/// What to run.
+#[derive(Clone, Debug, Default)]
+pub struct Command {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Added to the environment of the guest's workload.
+    pub env: BTreeMap<String, String>,
+    /// Where; the workload's directory if absent.
+    pub cwd: Option<String>,
+    /// With a terminal of this size.
+    pub tty: Option<Terminal>,
+}
+
+/// Something that a running program says.
+#[derive(Debug)]
+pub enum Said {
+    /// On its output.
+    Out(Vec<u8>),
+    /// On its error output.
+    Err(Vec<u8>),
+    /// It has ended.
+    Exited(i32),
+}
+
+impl Agent {
+    /// Connects to the agent behind the socket of an instance.
+    ///
+    /// # Errors
+    ///
+    /// That there is no instance, or no agent in it.
+    pub fn connect(socket: &Path) -> Result<Self, AgentError> {
+        let lost = |error| AgentError::Lost(FrameError::Io(error));
+        let mut stream = UnixStream::connect(socket)
+            .map_err(|source| AgentError::NoSocket { path: socket.to_owned(), source })?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(lost)?;
+        stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes()).map_err(lost)?;
+        // Byte by byte: what follows the line is not ours to read yet.
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while line.len() < LINE && line.last() != Some(&b'\n') {
+            match stream.read(&mut byte) {
+                Ok(1) => line.push(byte[0]),
+                _ => return Err(AgentError::NoAgent),
+            }
+        }
+        if !line.starts_with(b"OK ") {
+            return Err(AgentError::NoAgent);
+        }
+        Ok(Self { stream })
+    }
+
+    /// Who is there: UUID and generation, as the guest knows them.
+    ///
+    /// # Errors
+    ///
+    /// What became of the connection.
+    pub fn ping(mut self) -> Result<(Uuid, u64), AgentError> {
+        self.ask(&Request::Ping)?;
+        match self.reply()? {
+            Reply::Pong { uuid, generation } => Ok((uuid, generation)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Starts a program. Its input goes through [`Running::input`].
+    ///
+    /// # Errors
+    ///
+    /// What became of the connection.
+    pub fn exec(mut self, command: &Command) -> Result<Running, AgentError> {
+        let Command { argv, env, cwd, tty } = command.clone();
+        self.ask(&Request::Exec { argv, env, cwd, tty })?;
+        // It may be silent for as long as it runs.
+        self.stream.set_read_timeout(None).map_err(|error| AgentError::Lost(error.into()))?;
+        Ok(Running(self))
+    }
+
+    /// Writes a file in the guest.
+    ///
+    /// # Errors
+    ///
+    /// What became of it, there or here.
+    pub fn write(mut self, path: &str, mode: u32, from: &mut impl Read) -> Result<(), AgentError> {
+        self.ask(&Request::Write { path: path.to_owned(), mode })?;
+        let mut piece = vec![0; PIECE];
+        loop {
+            let len = from.read(&mut piece).map_err(AgentError::Local)?;
+            if let Err(error) = write_frame(&mut self.stream, Kind::Data, &piece[..len]) {
+                // It may have said why it stopped to listen.
+                return Err(self.reply().err().unwrap_or(AgentError::Lost(error)));
+            }
+            if len == 0 {
+                break;
+            }
+        }
+        match self.reply()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Reads a file of the guest. `begin` gets its permissions and gives what it is written to.
+    ///
+    /// # Errors
+    ///
+    /// What became of it, there or here.
+    pub fn read<W: Write>(
+        mut self,
+        path: &str,
+        begin: impl FnOnce(u32) -> io::Result<W>,
+    ) -> Result<W, AgentError> {
+        self.ask(&Request::Read { path: path.to_owned() })?;
+        let mut to = match self.reply()? {
+            Reply::File { mode, .. } => begin(mode).map_err(AgentError::Local)?,
+            other => return Err(unexpected(&other)),
+        };
+        loop {
+            let frame = self.frame()?;
+            match frame.kind {
+                Kind::Data if frame.payload.is_empty() => return Ok(to),
+                Kind::Data => to.write_all(&frame.payload).map_err(AgentError::Local)?,
+                _ => return Err(unexpected(&reply_in(&frame)?)),
+            }
+        }
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<(), AgentError> {
+        write_control(&mut self.stream, request).map_err(AgentError::Lost)
+    }
+
+    fn frame(&mut self) -> Result<Frame, AgentError> {
+        let end = || AgentError::Lost(FrameError::Io(io::ErrorKind::UnexpectedEof.into()));
+        read_frame(&mut self.stream).map_err(AgentError::Lost)?.ok_or_else(end)
+    }
+
+    fn reply(&mut self) -> Result<Reply, AgentError> {
+        reply_in(&self.frame()?)
+    }
+}
+
+/// A program that runs in a guest.
+#[derive(Debug)]
+pub struct Running(Agent);
+
+impl Running {
+    /// The way to its input, from any thread.
+    ///
+    /// # Errors
+    ///
+    /// If there is no descriptor left.
+    pub fn input(&self) -> Result<ProgramInput, AgentError> {
+        self.0.stream.try_clone().map(ProgramInput).map_err(AgentError::Local)
+    }
+
+    /// What it says next.
+    ///
+    /// # Errors
+    ///
+    /// What became of it.
+    pub fn hear(&mut self) -> Result<Said, AgentError> {
+        let frame = self.0.frame()?;
+        match frame.kind {
+            Kind::Stdout => Ok(Said::Out(frame.payload)),
+            Kind::Stderr => Ok(Said::Err(frame.payload)),
+            _ => match reply_in(&frame)? {
+                Reply::Exited { code } => Ok(Said::Exited(code)),
+                other => Err(unexpected(&other)),
+            },
+        }
+    }
+}
+
+/// The way to a program's input.
+#[derive(Debug)]
+pub struct ProgramInput(UnixStream);
+
+impl ProgramInput {
+    /// Sends bytes; none closes it.
+    ///
+    /// # Errors
+    ///
+    /// That the program has ended, or the connection.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
+        write_frame(&mut self.0, Kind::Data, bytes).map_err(AgentError::Lost)
+    }
+
+    /// Sends a signal or a new size of the terminal.
+    ///
+    /// # Errors
+    ///
+    /// As [`ProgramInput::send`].
+    pub fn tell(&mut self, what: guest_wire::Input) -> Result<(), AgentError> {
+        write_control(&mut self.0, &what).map_err(AgentError::Lost)
+    }
+}
+
+/// The reply in a frame; a refusal is an error.
+fn reply_in(frame: &Frame) -> Result<Reply, AgentError> {
+    match control(frame).map_err(AgentError::Lost)? {
+        Reply::Failed { errno, message } => Err(AgentError::Refused { errno, message }),
+        reply => Ok(reply),
+    }
+}
+
+fn unexpected(reply: &Reply) -> AgentError {
+    AgentError::Unexpected(format!("{reply:?}"))
+}
