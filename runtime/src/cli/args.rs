@@ -33,7 +33,7 @@ pub enum Verb {
     Branch(BranchArgs),
     /// Run a program in a Linux instance, and end with its exit code
     Exec(ExecArgs),
-    /// Copy a file to or from a Linux instance: INSTANCE:/PATH on one of the two sides
+    /// Copy a file to or from a Linux instance; a path in it is written INSTANCE:PATH
     Cp(CpArgs),
     /// Wait until an instance has ended; prints its exit code and ends with it
     #[command(after_help = EXIT_CODES)]
@@ -186,9 +186,9 @@ pub struct ExecArgs {
 /// Arguments of `cp`.
 #[derive(Debug, Args)]
 pub struct CpArgs {
-    /// From where: a path, or INSTANCE:/PATH
+    /// From where: a path, or INSTANCE:PATH
     pub from: String,
-    /// To where: a path, or INSTANCE:/PATH; with a / at its end: into that folder
+    /// To where: a path, or INSTANCE:PATH; with a / at its end: into that folder
     pub to: String,
 }
 

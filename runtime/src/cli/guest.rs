@@ -147,7 +147,7 @@ enum Side<'a> {
 }
 
 impl<'a> Side<'a> {
-    /// `INSTANCE:/PATH`, or a path here; `./` before a path that looks like the former.
+    /// `INSTANCE:PATH`, or a path here; `./` before a path that looks like the former.
     fn of(typed: &'a str) -> Result<Self, CliError> {
         match typed.split_once(':') {
             Some((instance, path)) if !instance.contains('/') => {
@@ -183,7 +183,7 @@ pub fn cp(args: &CpArgs) -> Result<u8, CliError> {
             fetch(connect(&instance)?, from, &to)?;
         }
         _ => {
-            let text = "one of the two must be in a guest, and one here: INSTANCE:/PATH, PATH";
+            let text = "one of the two must be in a guest, and one here: INSTANCE:PATH, PATH";
             return Err(CliError::usage(text));
         }
     }
