@@ -3,6 +3,7 @@
 mod answer;
 pub mod ports;
 mod serial;
+pub mod virtio;
 
 pub use answer::Answer;
 pub use serial::{Serial, SerialRegisters};

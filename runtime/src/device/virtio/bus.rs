@@ -1,0 +1,320 @@
+//! The devices of a machine: where they lie in guest memory, their locks, and their thread.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+
+use super::{Device, Registers, Rng, Transport, Vsock, VsockError, Work, Wrote};
+use crate::memory::GuestRam;
+use crate::sys::{SysError, now_ns};
+
+/// Most devices.
+const SLOTS: usize = 4;
+/// Address of the first device, in the hole below 4 GiB.
+const FIRST_ADDRESS: u32 = 0xd000_0000;
+/// Bytes from one device to the next.
+const WINDOW: u32 = 0x1000;
+/// Interrupt line of the first device.
+const FIRST_GSI: u32 = 5;
+
+/// Where the guest finds a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Number of the device.
+    pub index: u32,
+    /// Address of its registers.
+    pub start: u32,
+    /// Their length in bytes.
+    pub bytes: u32,
+    /// Its interrupt line: an edge for each interrupt.
+    pub gsi: u32,
+}
+
+/// Windows of the first `devices` devices.
+pub fn windows(devices: usize) -> impl Iterator<Item = Window> {
+    (0..).take(devices.min(SLOTS)).map(|index| Window {
+        index,
+        start: FIRST_ADDRESS + index * WINDOW,
+        bytes: WINDOW,
+        gsi: FIRST_GSI + index,
+    })
+}
+
+/// The registers of all devices, as plain data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Saved {
+    slots: [Registers; SLOTS],
+}
+
+/// The devices of a machine.
+#[derive(Debug)]
+pub struct Bus {
+    slots: Vec<Slot>,
+    /// Readable when a device was kicked.
+    bell: OwnedFd,
+    /// Held by whoever wants all slots, so that the devices' thread cannot take one after the other
+    /// in front of it.
+    turn: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// The guest has notified it since it last looked at its queues.
+    kicked: AtomicBool,
+    /// The parent's interrupt is to be repeated.
+    repeats: AtomicBool,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    transport: Transport,
+    device: Box<dyn Device>,
+}
+
+/// All devices, at rest: no buffer is half used, and none will be for as long as this is held.
+#[derive(Debug)]
+#[must_use]
+pub struct Quiet<'a> {
+    slots: [Option<MutexGuard<'a, Inner>>; SLOTS],
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Bus {
+    /// The devices of every Linux machine, and `vsock` if it is to have one.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`.
+    pub fn new(vsock: Option<Vsock>) -> Result<Self, SysError> {
+        let rng: Box<dyn Device> = Box::<Rng>::default();
+        let vsock = vsock.map(|vsock| -> Box<dyn Device> { Box::new(vsock) });
+        Self::of([rng].into_iter().chain(vsock))
+    }
+
+    pub(super) fn of(devices: impl Iterator<Item = Box<dyn Device>>) -> Result<Self, SysError> {
+        let slot = |device: Box<dyn Device>| {
+            let invalid = std::io::ErrorKind::InvalidInput;
+            let transport = Transport::new(device.describe())
+                .map_err(|_| SysError { call: "making a device", source: invalid.into() })?;
+            Ok(Slot {
+                kicked: AtomicBool::new(false),
+                repeats: AtomicBool::new(false),
+                inner: Mutex::new(Inner { transport, device }),
+            })
+        };
+        let slots = devices.take(SLOTS).map(slot).collect::<Result<_, SysError>>()?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(SysError::new("eventfd"))?;
+        Ok(Self { slots, bell, turn: Mutex::new(()) })
+    }
+
+    /// The guest reads at `address`, where the machine has no memory.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.find(address) {
+            Some((slot, offset)) => slot.lock().transport.read(offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes at `address`, where the machine has no memory.
+    pub fn write(&self, address: u64, data: &[u8], ram: &GuestRam) {
+        let Some((slot, offset)) = self.find(address) else { return };
+        // The one register that is written all the time does not wait for the device.
+        if offset == u64::from(VIRTIO_MMIO_QUEUE_NOTIFY) {
+            self.kick(slot);
+            return;
+        }
+        let mut inner = slot.lock();
+        match inner.transport.write(offset, data, ram) {
+            Wrote::Nothing => {}
+            Wrote::Started => self.kick(slot),
+            Wrote::Reset => inner.device.reset(),
+        }
+    }
+
+    fn find(&self, address: u64) -> Option<(&Slot, u64)> {
+        let offset = address.checked_sub(FIRST_ADDRESS.into())?;
+        let index = usize::try_from(offset / u64::from(WINDOW)).ok()?;
+        Some((self.slots.get(index)?, offset % u64::from(WINDOW)))
+    }
+
+    fn kick(&self, slot: &Slot) {
+        // Once is enough: the devices' thread has not looked since.
+        if !slot.kicked.swap(true, Ordering::SeqCst) {
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        // Fails only when the counter is full, and then the other side is about to look anyway.
+        rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).unwrap_or(0);
+    }
+
+    /// Waits until all devices are at rest. The vCPUs have stopped: none of them is waiting for a
+    /// device, or will.
+    pub fn quiesce(&self) -> Quiet<'_> {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let slots = std::array::from_fn(|index| self.slots.get(index).map(Slot::lock));
+        Quiet { slots, _turn: turn }
+    }
+
+    /// In a child that is about to live: the devices are the parent's, and have yet to look at their
+    /// queues.
+    pub fn restore(&self, saved: &Saved, ram: &GuestRam) {
+        for (slot, registers) in self.slots.iter().zip(&saved.slots) {
+            let mut inner = slot.lock();
+            if inner.transport.restore(registers, ram).is_err() {
+                inner.transport.give_up();
+            }
+            inner.device.reborn();
+            slot.repeats.store(inner.transport.is_interrupting(), Ordering::SeqCst);
+            slot.kicked.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Has the devices make what they need of the host.
+    ///
+    /// # Errors
+    ///
+    /// What the host refuses.
+    pub fn open(&self) -> Result<Sources, VsockError> {
+        let open = |slot: &Slot| slot.lock().device.open();
+        Ok(Sources(self.slots.iter().map(open).collect::<Result<_, _>>()?))
+    }
+
+    /// The instance ends: nothing of the devices stays in the host's file systems.
+    pub fn close(&self) {
+        for slot in &self.slots {
+            slot.lock().device.close();
+        }
+    }
+
+    /// The devices' thread: works until `over`. `raise` interrupts the guest on a line.
+    pub fn run(
+        &self,
+        sources: &Sources,
+        ram: &GuestRam,
+        raise: impl Fn(u32),
+        over: impl Fn() -> bool,
+    ) {
+        let mut alarms = vec![None; self.slots.len()];
+        while !over() {
+            let now = now_ns();
+            let slots = self.slots.iter().zip(windows(SLOTS)).zip(&mut alarms);
+            for ((slot, window), alarm) in slots {
+                let due = alarm.is_some_and(|at| at <= now);
+                if slot.kicked.swap(false, Ordering::SeqCst) || due {
+                    let work = self.work(slot, ram, &|| raise(window.gsi));
+                    slot.kicked.fetch_or(work.more, Ordering::SeqCst);
+                    *alarm = work.at_ns;
+                }
+            }
+            let again = self.slots.iter().any(|slot| slot.kicked.load(Ordering::SeqCst));
+            let next = if again { Some(0) } else { alarms.iter().flatten().min().copied() };
+            self.sleep(sources, next);
+        }
+    }
+
+    /// One batch of a device's work.
+    fn work(&self, slot: &Slot, ram: &GuestRam, raise: &dyn Fn()) -> Work {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = slot.lock();
+        drop(turn);
+        let Inner { transport, device } = &mut *inner;
+        if slot.repeats.swap(false, Ordering::SeqCst) && transport.is_interrupting() {
+            raise();
+        }
+        if !transport.is_live() {
+            return Work::default();
+        }
+        match device.work(transport.queues(), ram) {
+            Ok(work) => {
+                if work.interrupt {
+                    transport.used();
+                    raise();
+                }
+                work
+            }
+            Err(_) => {
+                // The driver is told; nobody else can do anything about it.
+                device.reset();
+                transport.give_up();
+                raise();
+                Work::default()
+            }
+        }
+    }
+
+    /// Sleeps until a device was kicked, something is readable, or the time has come. What is
+    /// readable counts as a kick.
+    fn sleep(&self, sources: &Sources, until_ns: Option<u64>) {
+        let mut fds = vec![PollFd::new(&self.bell, PollFlags::IN)];
+        let with_source = self.slots.iter().zip(&sources.0);
+        let mut slots = Vec::new();
+        for (slot, source) in with_source {
+            if let Some(source) = source {
+                fds.push(PollFd::new(&**source, PollFlags::IN));
+                slots.push(slot);
+            }
+        }
+        let time = until_ns.map(|at| {
+            let left = at.saturating_sub(now_ns());
+            let nsec = i64::try_from(left % 1_000_000_000).unwrap_or(0);
+            Timespec { tv_sec: (left / 1_000_000_000).cast_signed(), tv_nsec: nsec }
+        });
+        // EINTR: look again.
+        poll(&mut fds, time.as_ref()).unwrap_or(0);
+        if fds.first().is_some_and(|bell| !bell.revents().is_empty()) {
+            // Fails only when nobody rang.
+            rustix::io::read(&self.bell, &mut [0_u8; 8]).unwrap_or(0);
+        }
+        for (slot, fd) in slots.iter().zip(fds.iter().skip(1)) {
+            if !fd.revents().is_empty() {
+                slot.kicked.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Wakes the devices' thread, for it to see that all is over.
+    pub fn wake(&self) {
+        self.ring();
+    }
+}
+
+/// What is readable when a device has something to do, by device.
+#[derive(Debug)]
+pub struct Sources(Vec<Option<Arc<OwnedFd>>>);
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Quiet<'_> {
+    /// The registers of all devices.
+    #[must_use]
+    pub fn save(&self) -> Saved {
+        let mut saved = Saved::default();
+        for (to, slot) in saved.slots.iter_mut().zip(self.slots.iter().flatten()) {
+            *to = slot.transport.save();
+        }
+        saved
+    }
+}
+
+#[cfg(test)]
+impl Saved {
+    pub(super) fn first(&self) -> Registers {
+        self.slots[0]
+    }
+
+    pub(super) fn set_generation(&mut self, generation: u32) {
+        self.slots[0].set_generation(generation);
+    }
+}
