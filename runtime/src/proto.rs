@@ -59,6 +59,9 @@ pub struct InstanceConfig {
     pub initrd: PathBuf,
     /// Its command line.
     pub cmdline: String,
+    /// Folder of the unix sockets that lead to its socket device and from there to the host; empty:
+    /// it has none.
+    pub vsock: PathBuf,
 }
 
 impl InstanceConfig {
@@ -66,6 +69,12 @@ impl InstanceConfig {
     #[must_use]
     pub fn is_linux(&self) -> bool {
         !self.kernel.as_os_str().is_empty()
+    }
+
+    /// Whether the guest has a socket device.
+    #[must_use]
+    pub fn has_vsock(&self) -> bool {
+        self.is_linux() && !self.vsock.as_os_str().is_empty()
     }
 }
 
@@ -90,6 +99,7 @@ impl Default for InstanceConfig {
             kernel: PathBuf::new(),
             initrd: PathBuf::new(),
             cmdline: String::new(),
+            vsock: PathBuf::new(),
         }
     }
 }

@@ -1,11 +1,13 @@
 //! ACPI tables: the truth about a small machine without legacy hardware.
 //!
 //! ```text
-//!   RSDP --> XSDT --> FADT (hardware-reduced) --> DSDT: COM1, the state S5
+//!   RSDP --> XSDT --> FADT (hardware-reduced) --> DSDT: COM1, virtio devices, the state S5
 //!                 \-> MADT: processors, I/O APIC
 //! ```
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, ZERO};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, ZERO,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -16,7 +18,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 
-use crate::device::ports;
+use crate::device::{ports, virtio};
 
 const OEM: [u8; 6] = *b"UKPFRK";
 const TABLE: [u8; 8] = *b"UKPFORK ";
@@ -27,8 +29,9 @@ const IO_APIC: u32 = 0xfec0_0000;
 /// `FADT.iapc_boot_arch`: there is no VGA and no CMOS clock.
 const NO_VGA_NO_RTC: u16 = 1 << 2 | 1 << 5;
 
-/// The tables, to be put at `start`; the first is the RSDP.
-pub(super) fn tables(start: u64, vcpus: u32) -> Vec<u8> {
+/// The tables of a machine with this many vCPUs and virtio devices, to be put at `start`; the first
+/// is the RSDP.
+pub(super) fn tables(start: u64, vcpus: u32, devices: usize) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(16)];
     let mut put = |table: &dyn Aml| -> u64 {
         let at = start + all.len() as u64;
@@ -36,7 +39,7 @@ pub(super) fn tables(start: u64, vcpus: u32) -> Vec<u8> {
         all.resize(all.len().next_multiple_of(16), 0);
         at
     };
-    let dsdt = put(&dsdt());
+    let dsdt = put(&dsdt(devices));
     let fadt = put(&fadt(dsdt));
     let madt = put(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
@@ -74,7 +77,7 @@ fn madt(vcpus: u32) -> MADT {
     madt
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(devices: usize) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, TABLE, REVISION);
     let mut bytes = Vec::new();
     let interrupt = Interrupt::new(true, true, false, false, ports::SERIAL_GSI);
@@ -92,11 +95,32 @@ fn dsdt() -> Sdt {
         )],
     )
     .to_aml_bytes(&mut bytes);
+    virtio::windows(devices).for_each(|window| virtio_device(&window, &mut bytes));
     let off = ports::SLEEP_OFF;
     Name::new("_S5_".into(), &Package::new(vec![&off, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut bytes);
     dsdt.append_slice(&bytes);
     dsdt
+}
+
+fn virtio_device(window: &virtio::Window, bytes: &mut Vec<u8>) {
+    let registers = Memory32Fixed::new(true, window.start, window.bytes);
+    // Edges: an interrupt that a fork might lose is simply raised again.
+    let interrupt = Interrupt::new(true, true, false, false, window.gsi);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    let name = format!("VIO{}", window.index);
+    aml::Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            name.as_str().into(),
+            vec![
+                &Name::new("_HID".into(), &"LNRO0005"),
+                &Name::new("_UID".into(), &window.index),
+                &Name::new("_CRS".into(), &resources),
+            ],
+        )],
+    )
+    .to_aml_bytes(bytes);
 }
 
 #[cfg(test)]
@@ -115,7 +139,7 @@ mod tests {
     #[test]
     fn every_table_is_found_from_the_first_and_sums_up_to_zero() {
         const START: usize = 0xe0000;
-        let all = tables(START as u64, 3);
+        let all = tables(START as u64, 3, 2);
         assert_eq!(&all[..8], b"RSD PTR ");
         assert_eq!(sum(&all[..36]), 0);
         let at = |bytes: &[u8], from: usize| word(bytes, from) - START;
@@ -127,6 +151,8 @@ mod tests {
         assert_eq!((&madt[..4], sum(madt)), (&b"APIC"[..], 0));
         let dsdt = table(at(fadt, 140));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+        let places = |name: &[u8]| dsdt.windows(name.len()).filter(|part| *part == name).count();
+        assert_eq!((places(b"LNRO0005"), places(b"VIO1"), places(b"VIO2")), (2, 1, 0));
         // Three processors of 8 bytes and an I/O APIC of 12.
         assert_eq!(madt.len(), 44 + 3 * 8 + 12);
     }

@@ -72,6 +72,8 @@ pub struct Linux<'a> {
     pub initrd: &'a Path,
     /// Command line.
     pub cmdline: &'a str,
+    /// Number of virtio devices.
+    pub devices: usize,
 }
 
 /// Loads kernel, initramfs, command line and everything that the boot protocol wants to know.
@@ -108,7 +110,7 @@ pub fn load(
     ram.write_obj(0_u8, GuestAddress(CMDLINE + what.cmdline.len() as u64))?;
     params.hdr.cmd_line_ptr = word(CMDLINE);
     params.hdr.cmdline_size = word(what.cmdline.len() as u64);
-    ram.write_slice(&acpi::tables(ACPI, vcpus), GuestAddress(ACPI))?;
+    ram.write_slice(&acpi::tables(ACPI, vcpus, what.devices), GuestAddress(ACPI))?;
     ram.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
     params.acpi_rsdp_addr = ACPI;
     map_of_memory(&mut params, *layout);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use ebpf_loader::Level;
 use runtime::boot::linux::{self, Linux};
 use runtime::boot::{self, BootError};
+use runtime::device::virtio;
 use runtime::kvm::{DirtyMode, Host};
 use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
 use runtime::owner::{Owner, OwnerError};
@@ -122,7 +123,8 @@ fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
     let ram = guest_ram(&mapping, &layout).map_err(|error| internal(&error))?;
     let loaded = if linux {
         let InstanceConfig { kernel, initrd, cmdline, .. } = config;
-        linux::load(&Linux { kernel, initrd, cmdline }, &ram, &layout, config.vcpus).map(drop)
+        let devices = virtio::Bus::devices_of(config);
+        linux::load(&Linux { kernel, initrd, cmdline, devices }, &ram, &layout, config.vcpus).map(drop)
     } else {
         boot::load(&read(&config.bare)?, &ram, &layout).map(drop)
     };

@@ -1,4 +1,5 @@
-//! Devices of a machine: the doorbell, and for Linux a serial line. What a device keeps is plain data.
+//! Devices of a machine: the doorbell, and for Linux a serial line and virtio devices. What a device
+//! keeps is plain data.
 
 mod answer;
 pub mod ports;

@@ -100,6 +100,11 @@ impl Serial {
         panic.reason.clone().map(|reason| (reason, panic.ended))
     }
 
+    /// The guest writes a register several times. Returns what it said on the line.
+    pub fn write_all(&self, offset: u8, values: &[u8]) -> Vec<u8> {
+        values.iter().flat_map(|value| self.write(offset, *value)).collect()
+    }
+
     /// The guest reads a register.
     pub fn read(&self, offset: u8) -> u8 {
         self.lock().read(offset)
@@ -187,5 +192,6 @@ mod tests {
         two.restore(&one.save());
         assert_eq!((two.save(), two.read(7), two.read(1)), (one.save(), 0x5a, 2));
         assert_eq!(two.write(0, b'y'), b"y");
+        assert_eq!(two.write_all(0, b"a whole line\n"), b"a whole line\n");
     }
 }

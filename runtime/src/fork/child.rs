@@ -176,6 +176,9 @@ impl Standby {
         let base = &shared.base.vcpus[0];
         vcpu.restore_most(&state.vcpus[0], Some(base)).map_err(at)?;
         shared.instance.serial().restore(&state.serial);
+        if let Some(devices) = shared.instance.devices() {
+            devices.restore(&state.virtio, shared.instance.ram());
+        }
         if !state.vm.same_irqchips(&shared.base.vm) {
             shared.instance.machine().restore_irqchips(&state.vm).map_err(at)?;
         }

@@ -9,6 +9,7 @@ use super::engine::Engine;
 use super::link::{ForkBlock, Link, decision, word};
 use super::shared::fail;
 use super::step::{ForkCause, ForkError, Moment, Step};
+use crate::device::virtio;
 use crate::instance::Instance;
 use crate::kvm::{KvmError, Vcpu};
 use crate::sys::{current_cpu, futex_wait, futex_wake, now_ns, set_affinity_of};
@@ -50,6 +51,7 @@ impl Engine {
             let waited_ms = u64::try_from(QUIESCE.as_millis()).unwrap_or(u64::MAX);
             ForkError { step: Step::Quiesce, cause: ForkCause::Timeout { waited_ms } }
         })?;
+        let devices = instance.quiet_devices();
         block.stamps.stamp(Moment::Quiesced);
 
         fault.check(Step::Settle)?;
@@ -64,12 +66,14 @@ impl Engine {
         block.stamps.stamp(Moment::Pages);
 
         fault.check(Step::CaptureState)?;
-        capture_state(instance, &mut vcpu).map_err(ForkError::at(Step::CaptureState))?;
+        capture_state(instance, &mut vcpu, devices.as_ref())
+            .map_err(ForkError::at(Step::CaptureState))?;
         publish(block, &block.state_ready);
         capture_rest(link, vcpu).map_err(ForkError::at(Step::CaptureState))?;
         publish(block, &block.rest_ready);
         block.stamps.stamp(Moment::Released);
 
+        drop(devices);
         drop(stopped);
         Ok(())
     }
@@ -134,7 +138,11 @@ fn publish(block: &ForkBlock, field: &std::sync::atomic::AtomicU32) {
 
 /// Puts the state of all vCPUs and the interrupt controllers into the fork block. The other vCPUs
 /// saved theirs when they stopped.
-fn capture_state(instance: &Instance, vcpu: &mut Option<&mut Vcpu>) -> Result<(), KvmError> {
+fn capture_state(
+    instance: &Instance,
+    vcpu: &mut Option<&mut Vcpu>,
+    devices: Option<&virtio::Quiet<'_>>,
+) -> Result<(), KvmError> {
     instance.link().write_fork(|state| {
         let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
         for index in (0..instance.vcpus()).filter(|index| Some(*index) != own) {
@@ -144,6 +152,9 @@ fn capture_state(instance: &Instance, vcpu: &mut Option<&mut Vcpu>) -> Result<()
             vcpu.save_most(&mut state.vcpus[vcpu.index() as usize])?;
         }
         state.serial = instance.serial().save();
+        if let Some(devices) = devices {
+            state.virtio = devices.save();
+        }
         instance.machine().save_irqchips(&mut state.vm)
     })
 }

@@ -26,6 +26,7 @@ use super::shared::{Shared, tell};
 use super::step::{ForkCause, ForkError, Step};
 use super::zygote::{Womb, Zygote};
 use crate::beacon;
+use crate::device::virtio::Bus;
 use crate::instance::{Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
@@ -136,6 +137,8 @@ fn prepare_with(
         applier.touch(&mapping, page);
     }
     let rehearsing = config.rehearse;
+    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))
+        .map_err(|error| failed(error.into_sys()))?;
     let instance = Instance::assemble(Birth {
         kicks: vcpus.iter_mut().map(Vcpu::kick).collect(),
         config,
@@ -144,6 +147,7 @@ fn prepare_with(
         link: own,
         machine,
         mapping,
+        devices,
         zygote,
         engine: Engine::new(log, base.clone()),
     })

@@ -65,6 +65,8 @@ fn warm_heap() {
 fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>) {
     warm_heap();
     let old_link = cradle.map(|cradle| wait_for_life(instance, cradle));
+    // Before the owner hears of it: then its sockets are there.
+    instance.start_devices();
     let owner = match owner {
         Some(owner) => Ok(owner),
         None => connect(&instance.config().owner),
@@ -92,6 +94,9 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
         // Nobody wants this instance.
         Err(_) => 1,
     };
+    if let Some(devices) = instance.devices() {
+        devices.close();
+    }
     std::process::exit(code);
 }
 

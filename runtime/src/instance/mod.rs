@@ -24,7 +24,7 @@ pub use root::{READY, run_root};
 pub(crate) use vcpu::Action;
 
 use crate::beacon;
-use crate::device::{Answer, Serial};
+use crate::device::{Answer, Serial, virtio};
 use crate::fork::{Engine, Identity, Link, Step, Zygote};
 use crate::kvm::{Kick, Machine};
 use crate::memory::{
@@ -35,6 +35,9 @@ use crate::sys::{self, SysError};
 
 /// Stack of a vCPU thread: its frames are small, and a thousand children have one each.
 const VCPU_STACK: usize = 128 * 1024;
+
+/// Stack of the devices' thread.
+const DEVICE_STACK: usize = 256 * 1024;
 
 /// Bytes of console output in one message.
 const CONSOLE_CHUNK: usize = 4096;
@@ -56,6 +59,8 @@ pub struct Birth {
     pub machine: Machine,
     /// Its memory.
     pub mapping: Mapping,
+    /// Its virtio devices, if it runs Linux.
+    pub devices: Option<virtio::Bus>,
     /// Handles to stop its vCPUs.
     pub kicks: Vec<Kick>,
     /// Its zygote.
@@ -85,6 +90,8 @@ pub struct Instance {
     zygote: Mutex<Option<Zygote>>,
     zygote_pid: AtomicI32,
     serial: Serial,
+    /// Of a Linux guest.
+    devices: Option<virtio::Bus>,
     /// Per vCPU.
     answers: Box<[Mutex<Answer>]>,
     vcpus: usize,
@@ -133,6 +140,7 @@ impl Instance {
             zygote: Mutex::new(Some(birth.zygote)),
             image: Mutex::new(None),
             serial: Serial::default(),
+            devices: birth.devices,
             answers: std::iter::repeat_with(Mutex::default).take(vcpus).collect(),
             vcpus,
             outbox: Mutex::default(),
@@ -191,6 +199,17 @@ impl Instance {
     #[must_use]
     pub fn serial(&self) -> &Serial {
         &self.serial
+    }
+
+    /// Its virtio devices, if it runs Linux.
+    #[must_use]
+    pub fn devices(&self) -> Option<&virtio::Bus> {
+        self.devices.as_ref()
+    }
+
+    /// Waits until its devices are at rest, and keeps them there. Its vCPUs have stopped.
+    pub fn quiet_devices(&self) -> Option<virtio::Quiet<'_>> {
+        self.devices.as_ref().map(virtio::Bus::quiesce)
     }
 
     /// The gate of its vCPUs.
@@ -346,6 +365,27 @@ impl Instance {
             .spawn(run)
             .map(drop)
             .map_err(|source| SysError { call: "starting a vCPU thread", source })
+    }
+
+    /// Starts the devices of an instance that lives.
+    fn start_devices(self: &Arc<Self>) {
+        let Some(devices) = &self.devices else { return };
+        let (sources, errors) = devices.open();
+        for error in errors {
+            self.post(Event::Note { text: sys::chain(&error) });
+        }
+        let instance = self.clone();
+        let run = move || {
+            let Some(devices) = &instance.devices else { return };
+            // It cannot fail for a line that the interrupt controllers have.
+            let raise = |gsi| instance.machine.pulse(gsi).unwrap_or(());
+            devices.run(&sources, &instance.ram, raise, || instance.gate.quitting());
+        };
+        let thread = std::thread::Builder::new().name("devices".into()).stack_size(DEVICE_STACK);
+        if let Err(error) = thread.spawn(run) {
+            let text = format!("the guest has no devices: {error}");
+            self.post(Event::Note { text });
+        }
     }
 
     /// Processors that standbys may run on (bit n: processor n, of the first 64).

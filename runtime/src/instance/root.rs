@@ -5,10 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use rustix::net::RecvFlags;
+use uuid::Uuid;
 
 use super::vcpu::Action;
 use super::{Birth, Instance};
 use crate::beacon;
+use crate::device::virtio::{Bus, DeviceError};
 use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
 use crate::fork::{
@@ -35,6 +37,9 @@ pub enum StartError {
     /// Memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A device could not be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The guest is not one.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -103,6 +108,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     if let Some(boot) = vcpus.first() {
         machine.save(boot, &mut base.vm)?;
     }
+    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))?;
     let instance = Instance::assemble(Birth {
         config,
         identity,
@@ -110,6 +116,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
         link,
         machine,
         mapping,
+        devices,
         kicks,
         zygote,
         engine: Engine::new(log, base),
@@ -143,7 +150,9 @@ fn load_guest(instance: &Instance, layout: RamLayout, vcpus: &mut [Vcpu]) -> Res
     let (config, ram) = (instance.config(), instance.ram());
     if config.is_linux() {
         let InstanceConfig { kernel, initrd, cmdline, .. } = config;
-        let entry = linux::load(&Linux { kernel, initrd, cmdline }, ram, &layout, config.vcpus)?;
+        let devices = instance.devices().map_or(0, Bus::devices);
+        let linux = Linux { kernel, initrd, cmdline, devices };
+        let entry = linux::load(&linux, ram, &layout, config.vcpus)?;
         instance.machine().mask_pics()?;
         return vcpus.iter_mut().try_for_each(|vcpu| linux::start(vcpu, entry));
     }
@@ -227,7 +236,10 @@ pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, Fork
         instance.keep_image(image);
         return Err(at(ForkCause::Timeout { waited_ms: 1000 }));
     };
+    // What a device writes while the mapping is replaced would be lost.
+    let devices = instance.quiet_devices();
     let armed = make_forkable(instance, keeper, image);
+    drop(devices);
     drop(stopped);
     armed.map(|()| true).map_err(|cause| {
         instance.arm_errno.store(cause.errno(), Ordering::SeqCst);

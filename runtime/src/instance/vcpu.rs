@@ -163,14 +163,23 @@ impl Instance {
         now: u64,
     ) -> Action {
         match exit {
-            Ok(None | Some(VcpuExit::MmioWrite(..) | VcpuExit::Hlt)) => Action::Continue,
+            Ok(None | Some(VcpuExit::Hlt)) => Action::Continue,
+            Ok(Some(VcpuExit::MmioWrite(address, data))) => {
+                if let Some(devices) = &self.devices {
+                    devices.write(address, data, &self.ram);
+                }
+                Action::Continue
+            }
             Ok(Some(VcpuExit::IoOut(port, data))) => self.port_write(port, data, now),
             Ok(Some(VcpuExit::IoIn(port, data))) => {
                 self.port_read(index, port, data);
                 Action::Continue
             }
-            Ok(Some(VcpuExit::MmioRead(_, data))) => {
-                data.fill(0xff);
+            Ok(Some(VcpuExit::MmioRead(address, data))) => {
+                match &self.devices {
+                    Some(devices) => devices.read(address, data),
+                    None => data.fill(0xff),
+                }
                 Action::Continue
             }
             Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => Action::Drain,
@@ -203,8 +212,9 @@ impl Instance {
                 data.fill(0);
                 self.read_answer(index, data);
             }
-            (_, offset @ 0..8, [byte]) if linux => {
-                *byte = self.serial.read(low_byte(offset));
+            (_, offset @ 0..8, data) if linux => {
+                // More than one: a string instruction, each of whose bytes is read at this port.
+                data.fill_with(|| self.serial.read(low_byte(offset)));
                 self.interrupt();
             }
             (ports::SLEEP, _, data) if linux => data.fill(0),
@@ -212,13 +222,14 @@ impl Instance {
         }
     }
 
-    /// What Linux writes to ports of its own; `None`: it is none of them.
+    /// What Linux writes to ports of its own; `None`: it is none of them. More than one byte come of
+    /// a string instruction, which writes each of them to this port.
     fn linux_write(&self, port: u16, data: &[u8]) -> Option<Action> {
-        let byte = *data.first()?;
+        let byte = *data.last()?;
         let end = |code| Some(Action::Exit { code, reason: None });
         match (port, port.wrapping_sub(ports::SERIAL)) {
             (_, offset @ 0..8) => {
-                let said = self.serial.write(low_byte(offset), byte);
+                let said = self.serial.write_all(low_byte(offset), data);
                 if !said.is_empty() {
                     self.post_console(&said);
                 }

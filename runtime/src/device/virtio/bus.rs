@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use uuid::Uuid;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 
-use super::{Device, Registers, Rng, Transport, Vsock, VsockError, Work, Wrote};
+use super::{Device, DeviceError, Registers, Rng, Transport, Vsock, Work, Wrote};
 use crate::memory::GuestRam;
+use crate::proto::InstanceConfig;
 use crate::sys::{SysError, now_ns};
 
 /// Most devices.
@@ -85,15 +87,32 @@ pub struct Quiet<'a> {
 }
 
 impl Bus {
-    /// The devices of every Linux machine, and `vsock` if it is to have one.
+    /// The devices of instance `uuid`, if it runs Linux.
     ///
     /// # Errors
     ///
-    /// `EMFILE`.
-    pub fn new(vsock: Option<Vsock>) -> Result<Self, SysError> {
-        let rng: Box<dyn Device> = Box::<Rng>::default();
-        let vsock = vsock.map(|vsock| -> Box<dyn Device> { Box::new(vsock) });
-        Self::of([rng].into_iter().chain(vsock))
+    /// A folder for sockets with a path that is too long; `EMFILE`.
+    pub fn of_machine(config: &InstanceConfig, uuid: Uuid) -> Result<Option<Self>, DeviceError> {
+        if !config.is_linux() {
+            return Ok(None);
+        }
+        let mut devices: Vec<Box<dyn Device>> = vec![Box::<Rng>::default()];
+        if config.has_vsock() {
+            devices.push(Box::new(Vsock::new(&config.vsock, uuid)?));
+        }
+        Ok(Some(Self::of(devices.into_iter())?))
+    }
+
+    /// How many devices that would be.
+    #[must_use]
+    pub fn devices_of(config: &InstanceConfig) -> usize {
+        usize::from(config.is_linux()) + usize::from(config.has_vsock())
+    }
+
+    /// How many devices there are.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.slots.len()
     }
 
     pub(super) fn of(devices: impl Iterator<Item = Box<dyn Device>>) -> Result<Self, SysError> {
@@ -177,14 +196,14 @@ impl Bus {
         }
     }
 
-    /// Has the devices make what they need of the host.
-    ///
-    /// # Errors
-    ///
-    /// What the host refuses.
-    pub fn open(&self) -> Result<Sources, VsockError> {
-        let open = |slot: &Slot| slot.lock().device.open();
-        Ok(Sources(self.slots.iter().map(open).collect::<Result<_, _>>()?))
+    /// Has the devices make what they need of the host. What the host refuses, they do without.
+    pub fn open(&self) -> (Sources, Vec<DeviceError>) {
+        let mut errors = Vec::new();
+        let mut open = |slot: &Slot| {
+            let source = slot.lock().device.open();
+            source.map_err(|error| errors.push(error)).unwrap_or_default()
+        };
+        (Sources(self.slots.iter().map(&mut open).collect()), errors)
     }
 
     /// The instance ends: nothing of the devices stays in the host's file systems.

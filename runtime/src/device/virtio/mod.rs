@@ -37,9 +37,43 @@ pub use bus::{Bus, Quiet, Saved, Sources, Window, windows};
 pub(super) use chain::Chain;
 pub use mmio::{Description, Registers, Transport, Wrote};
 use rng::Rng;
-pub use vsock::{Vsock, VsockError};
+pub use vsock::Vsock;
 
 use crate::memory::GuestRam;
+use crate::sys::SysError;
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Unix sockets have short paths.
+    #[error("the paths of sockets in {folder} would be longer than 107 bytes; choose another folder")]
+    Path {
+        /// The folder.
+        folder: String,
+    },
+    /// The socket could not be made.
+    #[error("cannot listen on {path}")]
+    Listen {
+        /// Its path.
+        path: String,
+        /// Why.
+        source: SysError,
+    },
+    /// A system call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+}
+
+impl DeviceError {
+    /// The call that failed.
+    #[must_use]
+    pub fn into_sys(self) -> SysError {
+        match self {
+            Self::Path { .. } => SysError::new("bind")(rustix::io::Errno::NAMETOOLONG),
+            Self::Listen { source, .. } | Self::Sys(source) => source,
+        }
+    }
+}
 
 /// The driver broke a rule that the device cannot work around.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +117,7 @@ pub trait Device: Debug + Send {
     /// # Errors
     ///
     /// What the host refuses.
-    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, VsockError> {
+    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, DeviceError> {
         Ok(None)
     }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::super::step::{Fault, Stamps};
-use crate::device::SerialRegisters;
+use crate::device::{SerialRegisters, virtio};
 use crate::kvm::{VcpuState, VmState};
 
 /// Most vCPUs of an instance.
@@ -77,8 +77,10 @@ pub struct Identity {
 pub struct MachineState {
     /// Outside the vCPUs.
     pub vm: VmState,
-    /// Devices.
+    /// Devices of a Linux guest.
     pub serial: SerialRegisters,
+    /// The same.
+    pub virtio: virtio::Saved,
     /// Per vCPU.
     pub vcpus: [VcpuState; MAX_VCPUS],
 }

@@ -9,7 +9,8 @@ use rustix::net::SocketFlags;
 use super::connection::{Connection, Next, Stage};
 use super::host::{Address, LISTENER, Watch};
 use super::packet::{HOST, Header, STREAM, op};
-use crate::sys::now_ns;
+use crate::device::virtio::DeviceError;
+use crate::sys::{SysError, now_ns};
 
 /// Most connections, those that are not yet or no more known to the guest included.
 pub const MOST: usize = 1024;
@@ -70,10 +71,10 @@ impl Connections {
     /// # Errors
     ///
     /// What the host refuses.
-    pub fn open(&mut self) -> Result<Watch, super::VsockError> {
+    pub fn open(&mut self) -> Result<Watch, DeviceError> {
         let watch = Watch::new()?;
         let listener = self.address.listen()?;
-        watch.add(&listener, LISTENER).map_err(crate::sys::SysError::new("epoll_ctl"))?;
+        watch.add(&listener, LISTENER).map_err(SysError::new("epoll_ctl"))?;
         self.listener = Some(listener);
         self.watch = Some(watch.clone());
         Ok(watch)
@@ -109,12 +110,6 @@ impl Connections {
         }
         self.forget();
         self.resets = resets;
-    }
-
-    /// Number of connections.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.by_number.len()
     }
 
     /// Whether the guest can be told of no more packets that nobody wants.

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use uuid::Uuid;
 
-use super::VsockError;
+use crate::device::virtio::DeviceError;
 use crate::sys::SysError;
 
 /// Connections that may wait for the device.
@@ -30,10 +30,10 @@ impl Address {
     /// # Errors
     ///
     /// If the path of a socket there would be longer than the kernel allows.
-    pub fn new(folder: &Path, uuid: Uuid) -> Result<Self, VsockError> {
+    pub fn new(folder: &Path, uuid: Uuid) -> Result<Self, DeviceError> {
         let address = Self { folder: folder.to_owned(), uuid };
         SocketAddrUnix::new(address.own_port(u32::MAX))
-            .map_err(|_| VsockError::Path { folder: folder.display().to_string() })?;
+            .map_err(|_| DeviceError::Path { folder: folder.display().to_string() })?;
         Ok(address)
     }
 
@@ -72,11 +72,11 @@ impl Address {
     /// # Errors
     ///
     /// What bind(2) says.
-    pub fn listen(&self) -> Result<OwnedFd, VsockError> {
+    pub fn listen(&self) -> Result<OwnedFd, DeviceError> {
         let path = self.listener();
         let fail = |call| {
             let path = path.display().to_string();
-            move |errno| VsockError::Listen { path, source: SysError::new(call)(errno) }
+            move |errno| DeviceError::Listen { path, source: SysError::new(call)(errno) }
         };
         let socket = socket().map_err(fail("socket"))?;
         let address = SocketAddrUnix::new(&path).map_err(fail("bind"))?;

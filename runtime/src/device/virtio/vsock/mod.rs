@@ -31,9 +31,9 @@ use self::connections::Connections;
 use self::host::Address;
 use self::packet::{HEADER, Header};
 use super::mmio::Description;
-use super::{Broken, Chain, Device, Work};
+use super::{Broken, Chain, Device, DeviceError, Work};
 use crate::memory::GuestRam;
-use crate::sys::{SysError, now_ns};
+use crate::sys::now_ns;
 
 /// The longest packet, with its header.
 const LONGEST: usize = HEADER + BUFFER;
@@ -47,28 +47,6 @@ const TRANSPORT_RESET: u32 = 0;
 /// How long a guest may take to understand that, and how often it is looked whether it has.
 const UNDERSTAND_NS: u64 = 1_000_000_000;
 const LOOK_NS: u64 = 2_000_000;
-
-/// Why a device could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum VsockError {
-    /// Unix sockets have short paths.
-    #[error("the paths of sockets in {folder} would be longer than 107 bytes; choose another folder")]
-    Path {
-        /// The folder.
-        folder: String,
-    },
-    /// The socket could not be made.
-    #[error("cannot listen on {path}")]
-    Listen {
-        /// Its path.
-        path: String,
-        /// Why.
-        source: SysError,
-    },
-    /// A system call failed.
-    #[error(transparent)]
-    Sys(#[from] SysError),
-}
 
 /// What a child's guest knows of its birth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +76,7 @@ impl Vsock {
     /// # Errors
     ///
     /// If the folder's path is too long.
-    pub fn new(folder: &Path, uuid: Uuid) -> Result<Self, VsockError> {
+    pub fn new(folder: &Path, uuid: Uuid) -> Result<Self, DeviceError> {
         let address = Address::new(folder, uuid)?;
         Ok(Self {
             cid: cid(uuid),
@@ -220,7 +198,7 @@ impl Device for Vsock {
         self.birth = Birth::Known;
     }
 
-    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, VsockError> {
+    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, DeviceError> {
         self.packet = vec![0; LONGEST];
         Ok(Some(self.connections.open()?.fd()))
     }
