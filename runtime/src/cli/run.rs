@@ -124,7 +124,8 @@ fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
     let loaded = if linux {
         let InstanceConfig { kernel, initrd, cmdline, .. } = config;
         let devices = virtio::Bus::devices_of(config);
-        linux::load(&Linux { kernel, initrd, cmdline, devices }, &ram, &layout, config.vcpus).map(drop)
+        linux::load(&Linux { kernel, initrd, cmdline, devices }, &ram, &layout, config.vcpus)
+            .map(drop)
     } else {
         boot::load(&read(&config.bare)?, &ram, &layout).map(drop)
     };

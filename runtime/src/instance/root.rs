@@ -10,9 +10,9 @@ use uuid::Uuid;
 use super::vcpu::Action;
 use super::{Birth, Instance};
 use crate::beacon;
-use crate::device::virtio::{Bus, DeviceError};
 use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
+use crate::device::virtio::{Bus, DeviceError};
 use crate::fork::{
     Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Womb, Zygote,
     capacity,

@@ -3,8 +3,8 @@
 //! How a message is spread over buffers is the driver's affair (virtio 1.2, section 2.7.4), so
 //! devices see a chain as one run of bytes to read and one to write.
 
-use vm_memory::{Bytes, GuestAddress};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::Broken;
 use crate::memory::GuestRam;

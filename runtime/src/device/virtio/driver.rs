@@ -59,6 +59,8 @@ pub struct DriverQueue {
     free: Vec<u16>,
     available: u16,
     used: u16,
+    /// What was available when the device was last notified, or was found not to want it.
+    notified: u16,
 }
 
 impl DriverQueue {
@@ -75,6 +77,7 @@ impl DriverQueue {
             free: (0..entries).rev().collect(),
             available: 0,
             used: 0,
+            notified: 0,
         }
     }
 
@@ -135,6 +138,21 @@ impl DriverQueue {
         self.available = self.available.wrapping_add(1);
         ram.store(self.available, GuestAddress(self.avail() + 2), Ordering::Release)
             .expect("in memory");
+    }
+
+    /// Whether the device wants to be notified of what was made available.
+    pub fn wants_kick(&mut self, ram: &GuestRam, event_idx: bool) -> bool {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let old = std::mem::replace(&mut self.notified, self.available);
+        if !event_idx {
+            let flags: u16 =
+                ram.load(GuestAddress(self.used_ring()), Ordering::SeqCst).expect("in memory");
+            return flags & 1 == 0;
+        }
+        let at = self.used_ring() + 4 + u64::from(self.size) * 8;
+        let event: u16 = ram.load(GuestAddress(at), Ordering::SeqCst).expect("in memory");
+        let new = self.available;
+        new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
     fn descriptor(&self, ram: &GuestRam, at: u64, address: u64, len: u32, flags: u16, next: u16) {
@@ -268,9 +286,11 @@ impl Rig {
         self.write(reg::VIRTIO_MMIO_QUEUE_NOTIFY, queue);
     }
 
-    /// What a fork takes over: the registers, and memory at the same moment.
-    pub fn capture(&self) -> (Saved, Arc<GuestRam>) {
+    /// What a fork takes over: the registers, and memory at the same moment. `before`: what the guest
+    /// does after the device has looked for the last time.
+    pub fn capture(&self, before: impl FnOnce()) -> (Saved, Arc<GuestRam>) {
         let quiet = self.bus.quiesce();
+        before();
         let mut bytes = vec![0; MEMORY];
         self.ram.read_slice(&mut bytes, GuestAddress(0)).expect("in memory");
         let saved = quiet.save();

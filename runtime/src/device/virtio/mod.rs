@@ -46,7 +46,9 @@ use crate::sys::SysError;
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// Unix sockets have short paths.
-    #[error("the paths of sockets in {folder} would be longer than 107 bytes; choose another folder")]
+    #[error(
+        "the paths of sockets in {folder} would be longer than 107 bytes; choose another folder"
+    )]
     Path {
         /// The folder.
         folder: String,

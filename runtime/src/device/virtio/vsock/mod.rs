@@ -118,7 +118,12 @@ impl Vsock {
     }
 
     /// Takes packets that the guest has sent.
-    fn receive(&mut self, queue: &mut Queue, ram: &GuestRam, work: &mut Work) -> Result<(), Broken> {
+    fn receive(
+        &mut self,
+        queue: &mut Queue,
+        ram: &GuestRam,
+        work: &mut Work,
+    ) -> Result<(), Broken> {
         let (mut count, mut bytes) = (0, 0);
         while !self.connections.is_stuck() {
             if count >= BATCH || bytes >= BATCH_BYTES {

@@ -70,6 +70,7 @@ struct Guest {
     tx: DriverQueue,
     events: DriverQueue,
     cid: u64,
+    event_idx: bool,
     /// Packets that came while others were waited for.
     waiting: Vec<(Header, Vec<u8>)>,
     /// The room that the host's ends have last told of, by port of the guest.
@@ -86,8 +87,18 @@ impl Guest {
         let tx = DriverQueue::new(1, taste.buffers, taste.tx, taste.indirect);
         let events = DriverQueue::new(2, 16, &[4], false);
         rig.start(VERSION_1 | taste.features, &[&rx, &tx, &events]);
-        let cid = cid(uuid).into();
-        Self { rig, uuid, rx, tx, events, cid, waiting: Vec::new(), rooms: HashMap::new() }
+        let (cid, event_idx) = (cid(uuid).into(), taste.features & EVENT_IDX != 0);
+        Self {
+            rig,
+            uuid,
+            rx,
+            tx,
+            events,
+            cid,
+            event_idx,
+            waiting: Vec::new(),
+            rooms: HashMap::new(),
+        }
     }
 
     fn new(folder: &Path, taste: Taste) -> Self {
@@ -101,13 +112,36 @@ impl Guest {
     }
 
     /// A child of it, as it is at this moment. `go` starts its devices.
-    fn fork(&self, folder: &Path) -> Self {
+    fn fork(&mut self, folder: &Path) -> Self {
+        self.fork_after(folder, |_, _| ())
+    }
+
+    /// The same, after the driver has done something that the device does not know of.
+    fn fork_after(
+        &mut self,
+        folder: &Path,
+        last: impl FnOnce(&mut DriverQueue, &GuestRam),
+    ) -> Self {
         let uuid = Uuid::new_v4();
-        let (saved, memory) = self.rig.capture();
+        let (saved, memory) = {
+            let (tx, ram) = (&mut self.tx, &self.rig.ram);
+            self.rig.capture(|| last(tx, ram))
+        };
         let rig = Rig::new(Vsock::new(folder, uuid).expect("short"), memory);
         rig.bus.restore(&saved, &rig.ram);
         let (rx, tx, events) = (self.rx.clone(), self.tx.clone(), self.events.clone());
-        Self { rig, uuid, rx, tx, events, cid: self.cid, waiting: Vec::new(), rooms: HashMap::new() }
+        let (cid, event_idx) = (self.cid, self.event_idx);
+        Self {
+            rig,
+            uuid,
+            rx,
+            tx,
+            events,
+            cid,
+            event_idx,
+            waiting: Vec::new(),
+            rooms: HashMap::new(),
+        }
     }
 
     fn ram(&self) -> Arc<GuestRam> {
@@ -118,7 +152,9 @@ impl Guest {
     fn fill(&mut self) {
         let ram = self.ram();
         while self.rx.add(&ram, None).is_some() {}
-        self.rig.kick(0);
+        if self.rx.wants_kick(&ram, self.event_idx) {
+            self.rig.kick(0);
+        }
     }
 
     /// Sends a packet.
@@ -136,7 +172,9 @@ impl Guest {
             while self.tx.take(&ram).is_some() {}
             self.tx.add(&ram, Some(&packet)).is_some()
         });
-        self.rig.kick(1);
+        if self.tx.wants_kick(&ram, self.event_idx) {
+            self.rig.kick(1);
+        }
     }
 
     /// The next packet that was not waited for before.
@@ -362,7 +400,8 @@ fn nobody_listens() {
 fn whoever_says_nonsense_is_not_connected() {
     let folder = Folder::new();
     let guest = Guest::new(&folder.0, PLAIN);
-    for text in ["CONNECT x\n", "CONNECT -1\n", "GET / HTTP/1.1\r\n", "CONNECT 4294967296\n", "\n"] {
+    for text in ["CONNECT x\n", "CONNECT -1\n", "GET / HTTP/1.1\r\n", "CONNECT 4294967296\n", "\n"]
+    {
         let mut host = UnixStream::connect(guest.listener(&folder.0)).expect("listening");
         host.set_read_timeout(Some(LIMIT)).expect("a socket");
         host.write_all(text.as_bytes()).expect("open");
@@ -640,9 +679,6 @@ fn packets_on_their_way_at_the_fork_are_answered_in_the_child() {
     let folder = Folder::new();
     let mut parent = Guest::new(&folder.0, LINUX);
     let (mut host, end) = parent.accept(&folder.0, 52, 5000);
-    // The driver has put them into the queue, the device has not looked: it is not notified.
-    let quiet = parent.rig.bus.quiesce();
-    let ram = parent.ram();
     let header = Header {
         src_cid: parent.cid,
         dst_cid: HOST,
@@ -651,12 +687,14 @@ fn packets_on_their_way_at_the_fork_are_answered_in_the_child() {
         ..end.header(op::RW, 0)
     };
     let packet = [&header.bytes()[..], b"hello"].concat();
-    while parent.tx.take(&ram).is_some() {}
-    for _ in 0..3 {
-        parent.tx.add(&ram, Some(&packet)).expect("free");
-    }
-    drop(quiet);
-    let mut child = parent.fork(&folder.0);
+    // The driver has put them into the queue, and even asked whether the device wants to know.
+    let mut child = parent.fork_after(&folder.0, |tx, ram| {
+        while tx.take(ram).is_some() {}
+        for _ in 0..3 {
+            tx.add(ram, Some(&packet)).expect("free");
+        }
+        tx.wants_kick(ram, true);
+    });
     child.rig.go();
     for _ in 0..3 {
         child.wait_op(op::RST);
@@ -676,7 +714,7 @@ fn packets_on_their_way_at_the_fork_are_answered_in_the_child() {
 #[test]
 fn a_child_without_buffers_hears_of_its_birth_when_it_has() {
     let folder = Folder::new();
-    let parent = Guest::bare(&folder.0, LINUX);
+    let mut parent = Guest::bare(&folder.0, LINUX);
     let mut child = parent.fork(&folder.0);
     child.rig.go();
     let end = End { port: 1, host_port: 1, room: 0, taken: 0 };
@@ -703,7 +741,7 @@ fn a_child_without_buffers_hears_of_its_birth_when_it_has() {
 #[test]
 fn a_guest_that_never_understands_is_connected_all_the_same() {
     let folder = Folder::new();
-    let parent = Guest::new(&folder.0, PLAIN);
+    let mut parent = Guest::new(&folder.0, PLAIN);
     let mut child = parent.fork(&folder.0);
     child.rig.go();
     let path = child.listener(&folder.0);
