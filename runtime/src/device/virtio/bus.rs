@@ -251,22 +251,18 @@ impl Bus {
         if !transport.is_live() {
             return Work::default();
         }
-        match device.work(transport.queues(), ram) {
-            Ok(work) => {
-                if work.interrupt {
-                    transport.used();
-                    raise();
-                }
-                work
-            }
-            Err(_) => {
-                // The driver is told; nobody else can do anything about it.
-                device.reset();
-                transport.give_up();
-                raise();
-                Work::default()
-            }
+        let Ok(work) = device.work(transport.queues(), ram) else {
+            // The driver is told; nobody else can do anything about it.
+            device.reset();
+            transport.give_up();
+            raise();
+            return Work::default();
+        };
+        if work.interrupt {
+            transport.used();
+            raise();
         }
+        work
     }
 
     /// Sleeps until a device was kicked, something is readable, or the time has come. What is

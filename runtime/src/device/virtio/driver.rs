@@ -113,7 +113,7 @@ impl DriverQueue {
         let table = self.ring() + 0xa000 + u64::from(entry) * 16 * u64::from(many);
         let (first, place) = if self.indirect {
             let bytes = u32::try_from(parts.len() * 16).expect("few");
-            self.descriptor(ram, self.ring() + u64::from(entry) * 16, table, bytes, 4, 0);
+            Self::descriptor(ram, self.ring() + u64::from(entry) * 16, table, bytes, 4, 0);
             (0, table)
         } else {
             (entry * many, self.ring() + u64::from(entry * many) * 16)
@@ -123,7 +123,7 @@ impl DriverQueue {
             let last = usize::from(number) + 1 == parts.len();
             let flags = write | u16::from(!last);
             let place = place + u64::from(number) * 16;
-            self.descriptor(ram, place, at, *len, flags, first + number + 1);
+            Self::descriptor(ram, place, at, *len, flags, first + number + 1);
             at += u64::from(*len);
         }
         let head = if self.indirect { entry } else { entry * many };
@@ -155,7 +155,7 @@ impl DriverQueue {
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 
-    fn descriptor(&self, ram: &GuestRam, at: u64, address: u64, len: u32, flags: u16, next: u16) {
+    fn descriptor(ram: &GuestRam, at: u64, address: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&address.to_le_bytes());
         bytes[8..12].copy_from_slice(&len.to_le_bytes());
@@ -278,7 +278,9 @@ impl Rig {
     /// Brings the device to life.
     pub fn start(&self, features: u64, queues: &[&DriverQueue]) {
         self.negotiate(features);
-        queues.iter().for_each(|queue| self.set_queue(queue));
+        for queue in queues {
+            self.set_queue(queue);
+        }
         self.write(reg::VIRTIO_MMIO_STATUS, ALL_STATUS[2] | 4);
     }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_mmio as reg;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 
 use super::driver::{DriverQueue, EVENT_IDX, INDIRECT, Rig, VERSION_1, ram, until};
 use super::{Rng, Transport};
@@ -160,7 +161,6 @@ fn what_the_device_writes_is_marked() {
 }
 
 fn drain(rig: &Rig) -> Vec<usize> {
-    use vm_memory::{GuestMemoryBackend, MmapRegion};
     let mut pages = Vec::new();
     for region in rig.ram.iter() {
         let region: &MmapRegion<crate::memory::DeviceDirty> = region;
@@ -217,7 +217,6 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
 
 /// Plays what a driver gone mad does against a device, whose thread has to survive it.
 fn play(rig: &Rig, queues: &[&DriverQueue], features: u64, moves: &[Move]) {
-    use vm_memory::{Bytes, GuestAddress};
     for one in moves {
         match one {
             Move::Write(at, data) => {
@@ -249,9 +248,8 @@ proptest! {
         child.bus.restore(&saved, &child.ram);
         // Sane again.
         let mut queue = DriverQueue::new(0, 8, &[64], false);
-        use vm_memory::{Bytes, GuestAddress};
         rig.write(reg::VIRTIO_MMIO_STATUS, 0);
-        rig.ram.write_slice(&[0; 0x1_0000], GuestAddress(0x10_0000)).expect("in memory");
+        rig.ram.write_slice(&vec![0; 0x1_0000], GuestAddress(0x10_0000)).expect("in memory");
         rig.start(VERSION_1, &[&queue]);
         queue.add(&rig.ram, None).expect("free");
         rig.kick(0);

@@ -60,6 +60,7 @@ pub enum Next {
 
 /// See the module.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each end can be done with each direction")]
 pub struct Connection {
     /// How far it has come.
     pub stage: Stage,
