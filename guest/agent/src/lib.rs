@@ -1,1 +1,25 @@
-//! lib
+//! What runs inside a Linux guest: its init, the file system `/uk/libukp`, the server of the host's
+//! requests, and the command `ukp`.
+//!
+//! ```text
+//!  init (PID 1) ─┬─ workload
+//!                ├─ file system:  reader ──> fork thread ──> doorbell (I/O ports)
+//!                │                  └──────> housekeeper
+//!                ├─ host:         client of the long-lived connection (vsock)
+//!                ├─ server:       ping, exec, copy, status (vsock), a thread per request
+//!                └─ control:      a unix socket for `ukp exit` and `ukp status`
+//! ```
+//!
+//! Everything that touches the machine is behind a trait ([`doorbell::Doorbell`], [`host::Host`],
+//! [`renew::Renew`]), so that tests can mount the file system on any host.
+
+pub mod console;
+pub mod doorbell;
+pub mod forker;
+pub mod fs;
+pub mod host;
+pub mod processes;
+pub mod renew;
+pub mod state;
+pub mod stats;
+pub mod sync;

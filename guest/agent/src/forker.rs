@@ -1,0 +1,121 @@
+//! The thread that forks.
+//!
+//! ```text
+//!  request ──> announce ──> who asks? ──> doorbell ──┬──> parent: record, reply
+//!                                                    ├──> failed: EIO
+//!                                                    └──> child: renew, answer the parent's
+//!                                                         requests, pass the barrier, reply
+//! ```
+//!
+//! It is the only thread that rings the doorbell's fork port, and both machines go on in it. In the
+//! child the reply is the last thing: who wrote runs only when the machine is another one.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::console::{chain, say};
+use crate::doorbell::{Doorbell, Identity, Outcome};
+use crate::fs::{ForkRequest, Service};
+use crate::processes::Proc;
+use crate::renew::{Renew, RenewError};
+
+/// How long a standby may wait for the doorbell once it was announced: twice what finding out who
+/// asks takes.
+const ANNOUNCE_US: u32 = 200;
+
+/// Called if this machine could not be made unique. It has to be stopped.
+pub type Fatal = Box<dyn Fn(&RenewError) + Send>;
+
+/// The thread.
+pub struct Forker {
+    service: Arc<Service>,
+    doorbell: Arc<dyn Doorbell>,
+    renew: Arc<dyn Renew>,
+    fatal: Fatal,
+    /// What is opened as the barrier.
+    path: PathBuf,
+    barrier: Option<File>,
+}
+
+impl Forker {
+    /// Starts it; the file system must be mounted at `mounted`.
+    ///
+    /// # Errors
+    ///
+    /// There is no thread for it.
+    pub fn start(
+        service: Arc<Service>,
+        doorbell: Arc<dyn Doorbell>,
+        renew: Arc<dyn Renew>,
+        fatal: Fatal,
+        mounted: &Path,
+    ) -> io::Result<std::thread::JoinHandle<()>> {
+        let path = mounted.join("fork");
+        let mut forker = Self { service, doorbell, renew, fatal, path, barrier: None };
+        std::thread::Builder::new().name("ukp-fork".into()).spawn(move || forker.run())
+    }
+
+    fn run(&mut self) {
+        self.raise_barrier();
+        while let Some(request) = self.service.next_fork() {
+            self.fork(request);
+            if self.barrier.is_none() {
+                self.raise_barrier();
+            }
+        }
+    }
+
+    /// Opens a file. Closing it sends a request to our own file system without waiting for it
+    /// (`fuse_release`), behind all those that were sent before.
+    fn raise_barrier(&mut self) {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        self.service.expect_barrier(tid);
+        match File::open(&self.path) {
+            Ok(file) => self.barrier = Some(file),
+            Err(error) => say(format_args!("cannot open {}: {error}", self.path.display())),
+        }
+    }
+
+    fn fork(&mut self, request: ForkRequest) {
+        // While a standby wakes up there is time to find out who asks. Its failure is told by the
+        // fork, if that fails too.
+        drop(self.doorbell.announce(ANNOUNCE_US));
+        let tgid = Proc.thread_group(request.tid);
+        let rung = Instant::now();
+        let words = match self.doorbell.fork() {
+            Ok(words) => words,
+            Err(error) => {
+                say(format_args!("fork failed: the doorbell cannot be rung: {error}"));
+                return self.service.fork_failed(request);
+            }
+        };
+        match Outcome::of(&words) {
+            Outcome::Parent { child } => {
+                self.service.forked(request, tgid, child, rung.elapsed());
+            }
+            Outcome::Failed { errno, step } => {
+                self.service.fork_failed(request);
+                let error = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
+                say(format_args!("fork failed in step {step} of the host: {error}"));
+            }
+            Outcome::Child(identity) => self.become_child(request, &identity),
+        }
+    }
+
+    fn become_child(&mut self, request: ForkRequest, identity: &Identity) {
+        let born = Instant::now();
+        if let Err(error) = self.renew.renew(identity) {
+            say(chain(&error));
+            (self.fatal)(&error);
+            return request.fail(fuser::Errno::EIO);
+        }
+        let renewed = born.elapsed();
+        self.service.became_child(identity.uuid, identity.generation);
+        self.barrier = None;
+        self.service.born(born.elapsed(), renewed);
+        request.succeed();
+    }
+}

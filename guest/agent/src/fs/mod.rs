@@ -1,0 +1,512 @@
+//! `/uk/libukp`: the state of [`crate::state`] as a file system.
+//!
+//! Nothing is cached by the kernel: names and attributes are valid for no time, and files are read
+//! and written directly.
+
+mod handle;
+mod node;
+mod service;
+
+pub(crate) use service::ForkRequest;
+pub use service::Service;
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
+    OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyPoll, ReplyWrite, Request, Session,
+    SessionACL, TimeOrNow, WriteFlags,
+};
+use uuid::Uuid;
+
+use crate::console::say;
+use crate::state::{ForkValue, Progress};
+use node::{CHILD_FILES, ChildFile, Node, ROOT_FILES, status_text};
+use service::{Inner, constant_text};
+
+/// Names and attributes are valid for no time.
+const NO_TIME: Duration = Duration::ZERO;
+/// What files pretend to be long: who believes it reads to the end, and who writes is within.
+const SIZE: u64 = 4096;
+/// Longest write. What a file takes is short, and a fork is not to be made of two halves.
+const WRITE: u32 = 64 * 1024;
+
+/// Mounts the file system and serves it in the background, until the session is dropped.
+///
+/// # Errors
+///
+/// There is no FUSE device, or the kernel refuses the mount.
+pub fn mount(service: Arc<Service>, at: &Path) -> io::Result<BackgroundSession> {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName("libukp".into()),
+        MountOption::Subtype("ukp".into()),
+        MountOption::NoExec,
+        MountOption::NoSuid,
+        MountOption::NoDev,
+    ];
+    config.acl = SessionACL::All;
+    config.n_threads = Some(1);
+    Session::new(Libukp { service, started: SystemTime::now() }, at, &config)?.spawn()
+}
+
+/// The file system.
+struct Libukp {
+    service: Arc<Service>,
+    started: SystemTime,
+}
+
+impl Libukp {
+    fn attributes(&self, ino: INodeNo, node: Node) -> FileAttr {
+        let (kind, perm, size, nlink) = match node {
+            node if node.is_directory() => (FileType::Directory, 0o555, 0, 2),
+            node if node.is_writable() => (FileType::RegularFile, 0o666, SIZE, 1),
+            _ => (FileType::RegularFile, 0o444, SIZE, 1),
+        };
+        FileAttr {
+            ino,
+            size,
+            blocks: 0,
+            atime: self.started,
+            mtime: self.started,
+            ctime: self.started,
+            crtime: self.started,
+            kind,
+            perm,
+            nlink,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+}
+
+/// The node with this number, if what it belongs to is still there.
+fn resolve(inner: &Inner, ino: INodeNo) -> Result<Node, Errno> {
+    let node = Node::of(ino).ok_or(Errno::ESTALE)?;
+    match node.child().map(|child| inner.machine.children.get(child)) {
+        Some(Err(_)) => Err(Errno::ESTALE),
+        _ => Ok(node),
+    }
+}
+
+/// The node called `name` in `directory`.
+fn find(inner: &Inner, directory: Node, name: &OsStr) -> Result<Node, Errno> {
+    let name = name.to_str().ok_or(Errno::ENOENT)?;
+    let found = match directory {
+        Node::Root => ROOT_FILES.iter().find(|(called, _)| *called == name).map(|(_, node)| *node),
+        Node::Vm => child_called(inner, name).map(Node::Child),
+        Node::Child(child) => {
+            let file = CHILD_FILES.iter().find(|(called, _)| *called == name);
+            file.map(|(_, file)| Node::File(child, *file))
+        }
+        _ => return Err(Errno::ENOTDIR),
+    };
+    found.ok_or(Errno::ENOENT)
+}
+
+/// Names are UUIDs in lower case, with dashes, and in no other form.
+fn child_called(inner: &Inner, name: &str) -> Option<u32> {
+    let uuid = Uuid::try_parse(name).ok().filter(|uuid| uuid.to_string() == name)?;
+    inner.machine.children.find(uuid)
+}
+
+/// Names and nodes in a directory, each with the place after it.
+fn entries(inner: &Inner, directory: Node) -> Vec<(u64, Node, String)> {
+    let named = |at: usize, node, name: &str| (at as u64 + 3, node, name.to_owned());
+    let mut entries = vec![(1, directory, ".".to_owned()), (2, Node::Root, "..".to_owned())];
+    match directory {
+        Node::Root => {
+            let files = ROOT_FILES.iter().enumerate();
+            entries.extend(files.map(|(at, (name, node))| named(at, *node, name)));
+        }
+        Node::Vm => {
+            let children = inner.machine.children.iter();
+            entries.extend(children.map(|(number, child)| {
+                (u64::from(number) + 3, Node::Child(number), child.uuid.to_string())
+            }));
+        }
+        Node::Child(child) => {
+            let files = CHILD_FILES.iter().enumerate();
+            entries
+                .extend(files.map(|(at, (name, file))| named(at, Node::File(child, *file), name)));
+        }
+        _ => {}
+    }
+    entries
+}
+
+/// A read, as the kernel asks for it.
+struct Read {
+    tid: u32,
+    handle: u64,
+    size: u32,
+    nonblocking: bool,
+}
+
+impl Libukp {
+    /// Reads from the beginning.
+    fn read_value(
+        &self,
+        mut guard: MutexGuard<'_, Inner>,
+        node: Node,
+        read: &Read,
+        reply: ReplyData,
+    ) {
+        let inner = &mut *guard;
+        let text = match node {
+            Node::Fork => match inner.machine.readers.read(read.tid, &crate::processes::Proc) {
+                ForkValue::Empty => String::new(),
+                ForkValue::Child => format!("{}\n", Uuid::nil()),
+                ForkValue::Parent(child) => format!("{child}\n"),
+            },
+            Node::TemplateInstance => String::new(),
+            Node::ScaleToZeroDisable => format!("{}\n", inner.machine.scale_to_zero_disable),
+            Node::File(child, ChildFile::Wait) => {
+                match inner.machine.children.read_code(child, read.handle) {
+                    Err(_) => return reply.error(Errno::ESTALE),
+                    Ok(Progress::Stopped(code)) => format!("{code}\n"),
+                    Ok(Progress::Alive) if read.nonblocking => return reply.error(Errno::EAGAIN),
+                    Ok(Progress::Alive) => String::new(),
+                }
+            }
+            Node::File(child, file) => {
+                let Ok(known) = inner.machine.children.get(child) else {
+                    return reply.error(Errno::ESTALE);
+                };
+                match (file, known.progress(), known.constants) {
+                    (ChildFile::Status, Progress::Stopped(_), _) => {
+                        status_text(guest_wire::Status::Stopped)
+                    }
+                    (ChildFile::Snapshot | ChildFile::CreationTime, _, Some(constants)) => {
+                        constant_text(constants, file)
+                    }
+                    _ => {
+                        let uuid = known.uuid;
+                        let to = (read.handle, read.size);
+                        return self.service.ask(guard, (child, file), uuid, to, reply);
+                    }
+                }
+            }
+            Node::Root | Node::Vm | Node::Child(_) => return reply.error(Errno::EISDIR),
+        };
+        if let Some(handle) = inner.handles.get(read.handle) {
+            handle.keep(text.as_bytes());
+        }
+        drop(guard);
+        reply.data(cut(text.as_bytes(), read.size));
+    }
+}
+
+/// As much of `bytes` as was asked for.
+fn cut(bytes: &[u8], size: u32) -> &[u8] {
+    usize::try_from(size).ok().and_then(|size| bytes.get(..size)).unwrap_or(bytes)
+}
+
+impl Filesystem for Libukp {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Without it each `echo 1 > fork` is a request more. It does without, if it has to.
+        drop(config.add_capabilities(InitFlags::FUSE_ATOMIC_O_TRUNC));
+        drop(config.set_max_write(WRITE));
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let mut inner = self.service.lock();
+        let found = resolve(&inner, parent).and_then(|directory| find(&inner, directory, name));
+        match found {
+            Err(errno) => reply.error(errno),
+            Ok(node) => {
+                inner.serial = inner.serial.wrapping_add(1);
+                let ino = node.number(inner.serial);
+                reply.entry(&NO_TIME, &self.attributes(ino, node), Generation(0));
+            }
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match resolve(&self.service.lock(), ino) {
+            Ok(node) => reply.attr(&NO_TIME, &self.attributes(ino, node)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        match resolve(&self.service.lock(), ino) {
+            Err(errno) => reply.error(errno),
+            Ok(_) if mode.is_some() || uid.is_some() || gid.is_some() => reply.error(Errno::EPERM),
+            Ok(node) if size.is_some() && !node.is_writable() => reply.error(Errno::EACCES),
+            Ok(node) => reply.attr(&NO_TIME, &self.attributes(ino, node)),
+        }
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let mut guard = self.service.lock();
+        let inner = &mut *guard;
+        let node = match resolve(inner, ino) {
+            Ok(node) => node,
+            Err(errno) => return reply.error(errno),
+        };
+        let access = flags.acc_mode();
+        if access != OpenAccMode::O_RDONLY && !node.is_writable() {
+            return reply.error(Errno::EACCES);
+        }
+        let handle = inner.handles.open(node, inner.machine.epoch());
+        if let (Node::File(child, ChildFile::Wait), OpenAccMode::O_RDONLY | OpenAccMode::O_RDWR) =
+            (node, access)
+        {
+            inner.machine.children.opened(child, handle);
+        }
+        Service::opened(inner, request.pid(), handle);
+        drop(guard);
+        let flags = FopenFlags::FOPEN_DIRECT_IO
+            | FopenFlags::FOPEN_NOFLUSH
+            | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        reply.opened(FileHandle(handle), flags);
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let mut inner = self.service.lock();
+        let epoch = inner.machine.epoch();
+        let Some(handle) = inner.handles.get(fh.0) else { return reply.error(Errno::EBADF) };
+        let node = handle.node;
+        if node.child().is_some() && handle.epoch != epoch {
+            return reply.error(Errno::ESTALE);
+        }
+        let position = handle.position(offset);
+        if position > 0 {
+            let rest = cut(handle.rest(position), size).to_vec();
+            drop(inner);
+            return reply.data(&rest);
+        }
+        if let Err(errno) = resolve(&inner, ino) {
+            return reply.error(errno);
+        }
+        let nonblocking = flags.0 & libc::O_NONBLOCK != 0;
+        let read = Read { tid: request.pid(), handle: fh.0, size, nonblocking };
+        self.read_value(inner, node, &read, reply);
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let len_bytes = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let mut guard = self.service.lock();
+        let inner = &mut *guard;
+        let node = match resolve(inner, ino) {
+            Ok(node) => node,
+            Err(errno) => return reply.error(errno),
+        };
+        if let Some(handle) = inner.handles.get(fh.0) {
+            handle.written(offset.saturating_add(len_bytes.into()));
+        }
+        match node {
+            Node::Fork => {
+                drop(guard);
+                self.service.submit(request.pid(), len_bytes, reply);
+            }
+            Node::File(child, ChildFile::Wait) => {
+                let progress = inner.machine.children.get(child).map(|child| child.progress());
+                match progress {
+                    Err(_) => reply.error(Errno::ESTALE),
+                    Ok(Progress::Alive) => {
+                        self.service.wait_for(inner, child, request.pid(), len_bytes, reply);
+                    }
+                    Ok(Progress::Stopped(_)) => {
+                        inner.machine.children.released(child);
+                        reply.written(len_bytes);
+                    }
+                }
+            }
+            Node::ScaleToZeroDisable => {
+                let text = std::str::from_utf8(data).unwrap_or_default();
+                if inner.machine.set_scale_to_zero(text) {
+                    reply.written(len_bytes);
+                } else {
+                    reply.error(Errno::EINVAL);
+                }
+            }
+            Node::TemplateInstance => {
+                drop(guard);
+                say("template_instance: making a template is not supported yet");
+                reply.error(Errno::EOPNOTSUPP);
+            }
+            _ => reply.error(Errno::EACCES),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.service.closed(fh.0);
+        reply.ok();
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let mut guard = self.service.lock();
+        let inner = &mut *guard;
+        match resolve(inner, ino) {
+            Ok(node) => {
+                let handle = inner.handles.open(node, inner.machine.epoch());
+                reply.opened(FileHandle(handle), FopenFlags::empty());
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let mut guard = self.service.lock();
+        let inner = &mut *guard;
+        let epoch = inner.machine.epoch();
+        let Some(handle) = inner.handles.get(fh.0) else { return reply.error(Errno::EBADF) };
+        let node = handle.node;
+        if node != Node::Root && handle.epoch != epoch {
+            return reply.error(Errno::ESTALE);
+        }
+        if let Err(errno) = resolve(inner, node.number(0)) {
+            return reply.error(errno);
+        }
+        for (next, node, name) in entries(inner, node) {
+            let kind =
+                if node.is_directory() { FileType::Directory } else { FileType::RegularFile };
+            if next > offset && reply.add(node.number(0), next, kind, name) {
+                break;
+            }
+        }
+        drop(guard);
+        reply.ok();
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.service.closed(fh.0);
+        reply.ok();
+    }
+
+    fn poll(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        notifier: PollNotifier,
+        events: PollEvents,
+        flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        let mut guard = self.service.lock();
+        let inner = &mut *guard;
+        let ready = match resolve(inner, ino) {
+            Err(errno) => return reply.error(errno),
+            Ok(Node::File(child, ChildFile::Wait)) => {
+                let known = inner.machine.children.get(child);
+                let alive = known.is_ok_and(|child| child.progress() == Progress::Alive);
+                if alive && flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY) {
+                    Service::poll(inner, child, fh.0, notifier);
+                }
+                if alive { PollEvents::empty() } else { PollEvents::POLLIN }
+            }
+            Ok(node) if node.is_writable() => PollEvents::POLLIN | PollEvents::POLLOUT,
+            Ok(_) => PollEvents::POLLIN,
+        };
+        let ready =
+            if ready.contains(PollEvents::POLLIN) { ready | PollEvents::POLLRDNORM } else { ready };
+        reply.poll(ready & events);
+    }
+
+    fn access(&self, _: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        match resolve(&self.service.lock(), ino) {
+            Err(errno) => reply.error(errno),
+            Ok(node) if mask.contains(AccessFlags::W_OK) && !node.is_writable() => {
+                reply.error(Errno::EACCES);
+            }
+            Ok(_) => reply.ok(),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // The kernel asks once and never again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+}
