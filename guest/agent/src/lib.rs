@@ -13,6 +13,8 @@
 //! Everything that touches the machine is behind a trait ([`doorbell::Doorbell`], [`host::Host`],
 //! [`renew::Renew`]), so that tests can mount the file system on any host.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
+
 pub mod console;
 pub mod doorbell;
 pub mod forker;

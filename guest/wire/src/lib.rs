@@ -9,6 +9,8 @@
 //! ([`message`]), everything else is bytes. The limits hold on both sides: neither believes what the
 //! other says about lengths.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
+
 pub mod frame;
 pub mod message;
 

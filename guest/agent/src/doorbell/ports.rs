@@ -50,25 +50,25 @@ impl Ports {
 
 impl Doorbell for Ports {
     fn announce(&self, window_us: u32) -> io::Result<()> {
-        Self::permit()?.write(ANNOUNCE, window_us);
+        write(Self::permit()?, ANNOUNCE, window_us);
         Ok(())
     }
 
     fn fork(&self) -> io::Result<Words> {
         let permission = Self::permit()?;
         let mut words = [0; answer::WORDS];
-        permission.write(FORK, 1);
-        permission.read(FORK, &mut words);
+        write(permission, FORK, 1);
+        read(permission, FORK, &mut words);
         Ok(words)
     }
 
     fn ready(&self) -> io::Result<()> {
-        Self::permit()?.write(READY, 1);
+        write(Self::permit()?, READY, 1);
         Ok(())
     }
 
     fn exit(&self, code: u8) -> io::Result<()> {
-        Self::permit()?.write(EXIT, u32::from(code));
+        write(Self::permit()?, EXIT, u32::from(code));
         Ok(())
     }
 }
@@ -86,27 +86,26 @@ fn permit() -> io::Result<()> {
     if unsafe { libc::iopl(3) } == 0 { Ok(()) } else { Err(refused) }
 }
 
-impl Permission {
-    fn write(self, port: u16, value: u32) {
-        // SAFETY: this thread may use the port, as `self` shows; the doorbell's ports touch no
-        // memory of the machine but by duplicating all of it, which no thread can tell.
-        unsafe {
-            asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
-        }
+fn write(_: Permission, port: u16, value: u32) {
+    // SAFETY: this thread may use the port, as the permission shows; the doorbell's ports touch no
+    // memory of the machine but by duplicating all of it, which no thread can tell.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags));
     }
+}
 
-    /// One instruction for all words: each one by itself would be an exit of its own.
-    fn read(self, port: u16, words: &mut [u32]) {
-        // SAFETY: this thread may use the port; `rdi` and `rcx` are pointer and length of a slice
-        // that is exclusively ours; the direction flag is clear, as the ABI demands.
-        unsafe {
-            asm!(
-                "rep insd",
-                in("dx") port,
-                inout("rdi") words.as_mut_ptr() => _,
-                inout("rcx") words.len() => _,
-                options(nostack, preserves_flags)
-            );
-        }
+/// One instruction for all words: each one by itself would be an exit of its own.
+fn read(_: Permission, port: u16, words: &mut [u32]) {
+    // SAFETY: this thread may use the port, as the permission shows; `rdi` and `rcx` are pointer
+    // and length of a slice that is exclusively ours; the direction flag is clear, as the ABI
+    // demands.
+    unsafe {
+        asm!(
+            "rep insd",
+            in("dx") port,
+            inout("rdi") words.as_mut_ptr() => _,
+            inout("rcx") words.len() => _,
+            options(nostack, preserves_flags)
+        );
     }
 }

@@ -26,7 +26,7 @@ use fuser::{
 use uuid::Uuid;
 
 use crate::console::say;
-use crate::state::{ForkValue, Progress};
+use crate::state::{Child, ForkValue, Progress};
 use node::{CHILD_FILES, ChildFile, Node, ROOT_FILES, status_text};
 use service::{Inner, constant_text};
 
@@ -214,9 +214,10 @@ fn cut(bytes: &[u8], size: u32) -> &[u8] {
 impl Filesystem for Libukp {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Without it each `echo 1 > fork` is a request more. It does without, if it has to.
-        drop(config.add_capabilities(InitFlags::FUSE_ATOMIC_O_TRUNC));
-        drop(config.set_max_write(WRITE));
-        Ok(())
+        if let Err(missing) = config.add_capabilities(InitFlags::FUSE_ATOMIC_O_TRUNC) {
+            say(format_args!("this kernel's FUSE does not know {missing:?}"));
+        }
+        config.set_max_write(WRITE).map(|_| ()).map_err(|_| io::ErrorKind::InvalidInput.into())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -350,7 +351,7 @@ impl Filesystem for Libukp {
                 self.service.submit(request.pid(), len_bytes, reply);
             }
             Node::File(child, ChildFile::Wait) => {
-                let progress = inner.machine.children.get(child).map(|child| child.progress());
+                let progress = inner.machine.children.get(child).map(Child::progress);
                 match progress {
                     Err(_) => reply.error(Errno::ESTALE),
                     Ok(Progress::Alive) => {

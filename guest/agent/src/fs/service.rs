@@ -74,6 +74,8 @@ pub(super) struct Inner {
     /// The thread whose open file is the barrier, and that file.
     barrier_tid: Option<u32>,
     barrier: Option<u64>,
+    /// The barrier that is on its way.
+    passing: Option<u64>,
     waiters: Vec<Waiter>,
     polls: BTreeMap<u64, (u32, PollNotifier)>,
     asked: BTreeMap<u64, Asked>,
@@ -103,6 +105,7 @@ impl Service {
             serial: 0,
             barrier_tid: None,
             barrier: None,
+            passing: None,
             waiters: Vec::new(),
             polls: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -190,7 +193,7 @@ impl Service {
             if inner.closed {
                 return None;
             }
-            if let Some(request) = inner.machine.queue.next() {
+            if let Some(request) = inner.machine.queue.take() {
                 return Some(request);
             }
             inner = wait(&self.work, inner, None);
@@ -199,9 +202,7 @@ impl Service {
 
     /// The next file that this thread opens is the barrier.
     pub(crate) fn expect_barrier(&self, tid: u32) {
-        let mut inner = self.lock();
-        inner.barrier_tid = Some(tid);
-        inner.barrier = None;
+        self.lock().barrier_tid = Some(tid);
     }
 
     /// The fork gave `child`, and this is the parent.
@@ -233,22 +234,28 @@ impl Service {
     }
 
     /// This is the child. Everything that was asked of the parent is answered; the request that
-    /// forked is not yet.
+    /// forked is not yet, and the barrier has to be closed.
     pub(crate) fn became_child(&self, own: Uuid, generation: u64) {
         let mut guard = self.lock();
         let inner = &mut *guard;
-        let barrier = inner.barrier.is_some();
-        let forks = inner.machine.became_child(own, generation, barrier);
+        inner.passing = inner.barrier.take();
+        let forks = inner.machine.became_child(own, generation, inner.passing.is_some());
         let waiters = std::mem::take(&mut inner.waiters);
         let asked = std::mem::take(&mut inner.asked);
         let polls = std::mem::take(&mut inner.polls);
         inner.stats = Stats::default();
         drop(guard);
-        forks.into_iter().for_each(|request| request.fail(Errno::EIO));
-        waiters.into_iter().for_each(|waiter| waiter.reply.error(Errno::ESTALE));
-        asked.into_values().for_each(|asked| asked.reply.error(Errno::ESTALE));
+        for request in forks {
+            request.fail(Errno::EIO);
+        }
+        for waiter in waiters {
+            waiter.reply.error(Errno::ESTALE);
+        }
+        for asked in asked.into_values() {
+            asked.reply.error(Errno::ESTALE);
+        }
         // They ask again, and get an error.
-        polls.into_values().for_each(|(_, notifier)| drop(notifier.notify()));
+        notify(polls.into_values().map(|(_, notifier)| notifier));
         if let Some(host) = self.host() {
             host.became_child();
         }
@@ -272,8 +279,8 @@ impl Service {
     /// A file was closed.
     pub(super) fn closed(&self, handle: u64) {
         let mut inner = self.lock();
-        if inner.barrier == Some(handle) {
-            inner.barrier = None;
+        if inner.passing == Some(handle) {
+            inner.passing = None;
             inner.machine.queue.barrier_passed();
         }
         inner.polls.remove(&handle);
@@ -384,7 +391,7 @@ impl Service {
                 waiter.reply.error(Errno::ESTALE);
             }
         }
-        polls.into_iter().for_each(|notifier| drop(notifier.notify()));
+        notify(polls);
     }
 
     /// Looks after time limits, retention and signals until the agent ends. Sleeps while there is
@@ -398,9 +405,13 @@ impl Service {
             let polls = inner.expire(now);
             if !interrupted.is_empty() || !late.is_empty() || !polls.is_empty() {
                 drop(inner);
-                interrupted.into_iter().for_each(|waiter| waiter.reply.error(Errno::EINTR));
-                late.into_iter().for_each(|asked| asked.reply.error(Errno::EIO));
-                polls.into_iter().for_each(|notifier| drop(notifier.notify()));
+                for waiter in interrupted {
+                    waiter.reply.error(Errno::EINTR);
+                }
+                for asked in late {
+                    asked.reply.error(Errno::EIO);
+                }
+                notify(polls);
                 inner = self.lock();
                 continue;
             }
@@ -438,6 +449,13 @@ impl Inner {
         let answers = self.asked.values().map(|asked| asked.limit).min();
         let times = [answers, self.machine.children.next_expiry()].into_iter().flatten();
         signals.into_iter().chain(times.map(|time| time.saturating_sub(now))).min()
+    }
+}
+
+/// Makes those who poll look again. The kernel may have forgotten them, which is as good.
+fn notify(polls: impl IntoIterator<Item = PollNotifier>) {
+    for notifier in polls {
+        drop(notifier.notify());
     }
 }
 

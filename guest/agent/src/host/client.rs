@@ -223,10 +223,11 @@ fn question(id: u64, uuid: Uuid, open: &Open) -> Question {
     }
 }
 
-/// Ends the connection; its reader sees that. A socket that is not connected any more is ended.
+/// Ends the connection; its reader sees that.
 fn hang_up(line: &mut Line) {
     if let Some(stream) = line.stream.take() {
-        drop(rustix::net::shutdown(&stream, Shutdown::Both));
+        // One that has ended already cannot be shut down, and need not be.
+        rustix::net::shutdown(&stream, Shutdown::Both).unwrap_or_default();
     }
 }
 

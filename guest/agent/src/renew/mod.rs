@@ -39,7 +39,7 @@ pub trait Renew: Send + Sync {
 pub struct Machine {
     random: File,
     generation: PathBuf,
-    machine_id: PathBuf,
+    id: PathBuf,
     hostname: Option<String>,
 }
 
@@ -55,7 +55,7 @@ impl Machine {
         replace(&generation, b"0\n", 0o644)?;
         // A name without the UUID is the same in all machines, and set once.
         let hostname = hostname.filter(|name| name.contains(UUID));
-        Ok(Self { random, generation, machine_id: machine_id.into(), hostname })
+        Ok(Self { random, generation, id: machine_id.into(), hostname })
     }
 }
 
@@ -73,7 +73,7 @@ impl Renew for Machine {
         replace(&self.generation, generation.as_bytes(), 0o644)
             .map_err(step("write the generation"))?;
         let id = format!("{}\n", identity.uuid.simple());
-        write_machine_id(&self.machine_id, id.as_bytes()).map_err(step("write the machine id"))?;
+        write_machine_id(&self.id, id.as_bytes()).map_err(step("write the machine id"))?;
         if let Some(hostname) = &self.hostname {
             set_hostname(hostname, &identity.uuid.to_string())
                 .map_err(step("set the host name"))?;

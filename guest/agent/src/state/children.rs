@@ -66,14 +66,14 @@ impl Child {
 /// All of them, by number. A number is never used again, not even after this machine became another.
 #[derive(Debug)]
 pub struct Children {
-    children: BTreeMap<u32, Child>,
+    table: BTreeMap<u32, Child>,
     next: u32,
     retention: Duration,
 }
 
 impl Children {
     pub(super) fn new(retention: Duration) -> Self {
-        Self { children: BTreeMap::new(), next: 0, retention }
+        Self { table: BTreeMap::new(), next: 0, retention }
     }
 
     pub(super) fn add(&mut self, uuid: Uuid) -> u32 {
@@ -87,17 +87,17 @@ impl Children {
             was_read: false,
             unread: BTreeSet::new(),
         };
-        self.children.insert(number, child);
+        self.table.insert(number, child);
         number
     }
 
     pub(super) fn clear(&mut self) {
-        self.children.clear();
+        self.table.clear();
     }
 
     /// Number and child, in the order of their forks.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &Child)> {
-        self.children.iter().map(|(number, child)| (*number, child))
+        self.table.iter().map(|(number, child)| (*number, child))
     }
 
     /// The number of the child with this UUID.
@@ -112,40 +112,40 @@ impl Children {
     ///
     /// It is gone.
     pub fn get(&self, number: u32) -> Result<&Child, Gone> {
-        self.children.get(&number).ok_or(Gone)
+        self.table.get(&number).ok_or(Gone)
     }
 
     /// The host told what does not change.
     pub fn learned(&mut self, number: u32, constants: Constants) {
-        if let Some(child) = self.children.get_mut(&number) {
+        if let Some(child) = self.table.get_mut(&number) {
             child.constants = Some(constants);
         }
     }
 
     /// It has stopped. The first code stays.
     pub fn stopped(&mut self, number: u32, code: i32, now: Duration) {
-        if let Some(child) = self.children.get_mut(&number) {
+        if let Some(child) = self.table.get_mut(&number) {
             child.exit.get_or_insert((code, now));
         }
     }
 
     /// `wait` was opened for reading.
     pub fn opened(&mut self, number: u32, handle: u64) {
-        if let Some(child) = self.children.get_mut(&number) {
+        if let Some(child) = self.table.get_mut(&number) {
             child.unread.insert(handle);
         }
     }
 
     /// It was closed.
     pub fn closed(&mut self, number: u32, handle: u64) {
-        let Some(child) = self.children.get_mut(&number) else { return };
+        let Some(child) = self.table.get_mut(&number) else { return };
         child.unread.remove(&handle);
         self.tidy(number);
     }
 
     /// A write to `wait` returns: whoever made it will want to read the code.
     pub fn released(&mut self, number: u32) {
-        if let Some(child) = self.children.get_mut(&number) {
+        if let Some(child) = self.table.get_mut(&number) {
             child.owed += 1;
         }
     }
@@ -157,7 +157,7 @@ impl Children {
     ///
     /// It is gone.
     pub fn read_code(&mut self, number: u32, handle: u64) -> Result<Progress, Gone> {
-        let child = self.children.get_mut(&number).ok_or(Gone)?;
+        let child = self.table.get_mut(&number).ok_or(Gone)?;
         let progress = child.progress();
         if let Progress::Stopped(_) = progress {
             child.unread.remove(&handle);
@@ -170,28 +170,28 @@ impl Children {
 
     /// The host does not know it. One that has stopped stays for those who wait.
     pub fn disown(&mut self, number: u32) {
-        if self.children.get(&number).is_some_and(|child| child.exit.is_none()) {
-            self.children.remove(&number);
+        if self.table.get(&number).is_some_and(|child| child.exit.is_none()) {
+            self.table.remove(&number);
         }
     }
 
     /// Removes those whose time has passed.
     pub fn expire(&mut self, now: Duration) {
         let retention = self.retention;
-        self.children
+        self.table
             .retain(|_, child| child.exit.is_none_or(|(_, at)| now.saturating_sub(at) < retention));
     }
 
     /// When the next one's time passes.
     #[must_use]
     pub fn next_expiry(&self) -> Option<Duration> {
-        let stops = self.children.values().filter_map(|child| child.exit);
+        let stops = self.table.values().filter_map(|child| child.exit);
         stops.map(|(_, at)| at.saturating_add(self.retention)).min()
     }
 
     fn tidy(&mut self, number: u32) {
-        if self.children.get(&number).is_some_and(Child::is_done) {
-            self.children.remove(&number);
+        if self.table.get(&number).is_some_and(Child::is_done) {
+            self.table.remove(&number);
         }
     }
 }

@@ -46,7 +46,7 @@ impl<T> Queue<T> {
     }
 
     /// The request that is in progress from now on, if none is yet.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn take(&mut self) -> Option<T> {
         if self.in_progress {
             return None;
         }

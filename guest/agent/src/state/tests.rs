@@ -20,7 +20,7 @@ fn machine(queue: usize) -> Machine<u32> {
 fn fork(machine: &mut Machine<u32>, seconds: u64) -> (Uuid, u32) {
     let uuid = Uuid::new_v4();
     machine.queue.submit(0).unwrap();
-    machine.queue.next().unwrap();
+    machine.queue.take().unwrap();
     (uuid, machine.forked(1, 1, at(seconds), uuid))
 }
 
@@ -44,16 +44,16 @@ impl Processes for Table {
 fn one_fork_at_a_time_and_the_others_in_order() {
     let mut queue = Queue::new(2);
     queue.submit(1).unwrap();
-    assert_eq!(queue.next(), Some(1));
+    assert_eq!(queue.take(), Some(1));
     queue.submit(2).unwrap();
     queue.submit(3).unwrap();
-    assert_eq!(queue.next(), None, "one at a time");
+    assert_eq!(queue.take(), None, "one at a time");
     queue.done();
-    assert_eq!(queue.next(), Some(2));
+    assert_eq!(queue.take(), Some(2));
     queue.done();
-    assert_eq!(queue.next(), Some(3));
+    assert_eq!(queue.take(), Some(3));
     queue.done();
-    assert_eq!(queue.next(), None);
+    assert_eq!(queue.take(), None);
 }
 
 #[test]
@@ -62,10 +62,10 @@ fn a_full_queue_is_busy() {
     queue.submit(1).unwrap();
     queue.submit(2).unwrap();
     assert_eq!(queue.submit(3), Err((3, Refused::Full)), "before the first was taken");
-    assert_eq!(queue.next(), Some(1));
+    assert_eq!(queue.take(), Some(1));
     assert_eq!(queue.submit(3), Err((3, Refused::Full)));
     queue.done();
-    assert_eq!(queue.next(), Some(2));
+    assert_eq!(queue.take(), Some(2));
     queue.submit(3).unwrap();
 }
 
@@ -152,7 +152,7 @@ fn in_a_child_vm_is_empty_and_what_was_queued_fails() {
     let mut machine = machine(4);
     let (uuid, number) = fork(&mut machine, 5);
     machine.queue.submit(1).unwrap();
-    machine.queue.next().unwrap();
+    machine.queue.take().unwrap();
     machine.queue.submit(2).unwrap();
     machine.queue.submit(3).unwrap();
     let own = Uuid::new_v4();
@@ -164,7 +164,7 @@ fn in_a_child_vm_is_empty_and_what_was_queued_fails() {
     assert_eq!(machine.queue.submit(4), Err((4, Refused::OfParent)), "before the barrier");
     machine.queue.barrier_passed();
     machine.queue.submit(5).unwrap();
-    assert_eq!(machine.queue.next(), Some(5));
+    assert_eq!(machine.queue.take(), Some(5));
 }
 
 #[test]
@@ -269,7 +269,7 @@ proptest! {
         for step in steps {
             match step {
                 0 | 1 => { if queue.submit(next).is_ok() { taken.push(next); } next += 1; }
-                2 => ended.extend(queue.next()),
+                2 => ended.extend(queue.take()),
                 3 => queue.done(),
                 _ => ended.extend(queue.became_child(false)),
             }
