@@ -52,7 +52,9 @@ fn two_threads_read_their_own_child() -> Result<()> {
             };
             let (a, b) = (fork(), fork());
             let children = [Uuid::new_v4(), Uuid::new_v4()];
-            children.iter().for_each(|child| rig.next(Fork::Child(*child)));
+            for child in children {
+                rig.next(Fork::Child(child));
+            }
             (children, [a.join(), b.join()])
         });
         let (mut made, read) = both;
@@ -81,7 +83,7 @@ fn one_open_file_is_enough() -> Result<()> {
 }
 
 fn a_full_queue_is_busy() -> Result<()> {
-    let rig = Rig::with(2, Duration::from_secs(60))?;
+    let rig = Rig::with(2, Duration::from_mins(1))?;
     thread::scope(|scope| -> Result<()> {
         let mut writers = Vec::new();
         for number in 0..3 {

@@ -131,7 +131,9 @@ impl Children {
         }
         let waits = known.waits.extract_if(.., |(of, _)| *of == uuid).collect::<Vec<_>>();
         drop(known);
-        waits.into_iter().for_each(|(_, then)| then(Ok(code)));
+        for (_, then) in waits {
+            then(Ok(code));
+        }
     }
 
     /// It does not know this child.
@@ -179,7 +181,9 @@ impl Host for Children {
 
     fn became_child(&self) {
         let waits = std::mem::take(&mut lock(&self.inner).waits);
-        waits.into_iter().for_each(|(_, then)| then(Err(HostError::OfParent)));
+        for (_, then) in waits {
+            then(Err(HostError::OfParent));
+        }
     }
 }
 
@@ -214,7 +218,7 @@ static RIGS: AtomicU32 = AtomicU32::new(0);
 impl Rig {
     /// With room for 16 forks that wait, and a retention time of a minute.
     pub fn new() -> Result<Self> {
-        Self::with(16, Duration::from_secs(60))
+        Self::with(16, Duration::from_mins(1))
     }
 
     pub fn with(queue: usize, retention: Duration) -> Result<Self> {
