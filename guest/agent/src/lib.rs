@@ -15,11 +15,14 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
 
+pub mod cli;
 pub mod console;
+pub mod control;
 pub mod doorbell;
 pub mod forker;
 pub mod fs;
 pub mod host;
+pub mod init;
 pub mod processes;
 pub mod reaper;
 pub mod renew;

@@ -77,7 +77,7 @@ impl Reaper {
     }
 
     /// Reaps, forever.
-    pub fn reap(&self) {
+    pub fn reap(&self) -> ! {
         loop {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
             match waitid(WaitId::All, options) {

@@ -89,7 +89,7 @@ fn input_is_streamed_and_ended() {
     let sender = stream.try_clone().unwrap();
     let writer = thread::spawn(move || {
         for _ in 0..20 {
-            write_frame(&mut &sender, Kind::Data, &[b'x'; 50_000]).unwrap();
+            write_frame(&mut &sender, Kind::Data, &vec![b'x'; 50_000]).unwrap();
         }
         write_frame(&mut &sender, Kind::Data, &[]).unwrap();
     });
@@ -113,7 +113,7 @@ fn signals_reach_the_process_group() {
     assert_eq!(read_frame(&mut &stream).unwrap().unwrap().payload, b"ready\n");
     // It takes no input, and this is more than the pipe has room for.
     for _ in 0..2 {
-        write_frame(&mut &stream, Kind::Data, &[0; 30_000]).unwrap();
+        write_frame(&mut &stream, Kind::Data, &vec![0; 30_000]).unwrap();
     }
     write_control(&mut &stream, &Input::Signal { number: 999 }).unwrap();
     write_control(&mut &stream, &Input::Signal { number: 9 }).unwrap();
@@ -227,7 +227,7 @@ fn what_cannot_be_copied_is_told() {
     assert!(Path::new("/").is_dir());
     let stream = ask(&server, &Request::Write { path: "/tmp".into(), mode: 0o600 });
     for _ in 0..100 {
-        write_frame(&mut &stream, Kind::Data, &[1; 60_000]).unwrap();
+        write_frame(&mut &stream, Kind::Data, &vec![1; 60_000]).unwrap();
     }
     write_frame(&mut &stream, Kind::Data, &[]).unwrap();
     assert!(failed(&stream).contains("directory"));

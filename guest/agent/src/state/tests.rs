@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const RETENTION: Duration = Duration::from_secs(60);
+const RETENTION: Duration = Duration::from_mins(1);
 
 fn at(seconds: u64) -> Duration {
     Duration::from_secs(seconds)

@@ -12,6 +12,7 @@ pub const CASES: &[Case] = &[
     ("interface::scale_to_zero_is_counted", scale_to_zero_is_counted),
     ("interface::templates_are_not_made_yet", templates_are_not_made_yet),
     ("interface::any_user_may_fork", any_user_may_fork),
+    ("interface::ukp_forks_and_waits", ukp_forks_and_waits),
 ];
 
 fn the_folder_lists_its_files() -> Result<()> {
@@ -47,5 +48,23 @@ fn any_user_may_fork() -> Result<()> {
     shell.args(["-ec", "echo 1 > $UKP/fork; cat $UKP/fork"]).env("UKP", &rig.at).uid(65534);
     let output = shell.output()?;
     ensure!(output.stdout == format!("{uuid}\n").into_bytes(), "{output:?}");
+    Ok(())
+}
+
+fn ukp_forks_and_waits() -> Result<()> {
+    use guest_agent::cli;
+    let rig = Rig::new()?;
+    let uuid = uuid::Uuid::new_v4();
+    rig.next(crate::rig::Fork::Child(uuid));
+    ensure!(cli::fork(&rig.at)? == uuid.to_string());
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| cli::wait(&rig.at, uuid));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        rig.host.stop(uuid, 137);
+        ensure!(waiter.join().map_err(|_| anyhow::anyhow!("panicked"))?? == 137);
+        Ok(())
+    })?;
+    let error = cli::wait(&rig.at, uuid).err().map(|error| error.to_string());
+    ensure!(error == Some(format!("cannot wait for {uuid}")));
     Ok(())
 }
