@@ -12,6 +12,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
@@ -19,6 +20,11 @@ use tempfile::NamedTempFile;
 use crate::content::{Content, Stamp};
 use crate::error::ImageError;
 use crate::own::Config;
+
+/// Begins the name of a file that is being written.
+const NEW: &str = ".new-";
+/// Nobody writes for so long without a pause.
+const STALE: Duration = Duration::from_secs(3600);
 
 /// What is known of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +57,19 @@ pub fn folder() -> Result<PathBuf, ImageError> {
 pub fn image(cache: Option<&Path>, key: &blake3::Hash) -> Result<PathBuf, ImageError> {
     let images = cache.map_or_else(folder, |cache| Ok(cache.to_owned()))?.join("images");
     fs::create_dir_all(&images).map_err(ImageError::io("make", &images))?;
+    sweep(&images);
     Ok(images.join(format!("{key}.cpio")))
+}
+
+/// Removes what a process that was killed has begun. What cannot be removed is no reason to fail.
+fn sweep(images: &Path) {
+    for entry in fs::read_dir(images).into_iter().flatten().flatten() {
+        let begun = entry.file_name().to_string_lossy().starts_with(NEW);
+        let age = entry.metadata().and_then(|found| found.modified()).map(|time| time.elapsed());
+        if begun && matches!(age, Ok(Ok(age)) if age > STALE) {
+            drop(fs::remove_file(entry.path()));
+        }
+    }
 }
 
 /// What is known of a whole image at `path`; nothing if there is none, or a damaged one.
@@ -100,7 +118,7 @@ impl<'a> NewFile<'a> {
     pub fn create(path: &'a Path) -> Result<Self, ImageError> {
         let folder = folder_of(path);
         let new = tempfile::Builder::new()
-            .prefix(".new-")
+            .prefix(NEW)
             .permissions(fs::Permissions::from_mode(0o644))
             .tempfile_in(folder)
             .map_err(ImageError::io("make a file in", folder))?;

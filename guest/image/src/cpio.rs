@@ -163,12 +163,13 @@ impl Archive<'_> {
             name, 0,
         ];
         self.written.entries += 1;
-        self.put(b"070701")?;
+        let mut bytes = b"070701".to_vec();
         for field in fields {
-            self.put(format!("{field:08x}").as_bytes())?;
+            bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
-        self.put(path)?;
-        self.put(&[0])?;
+        bytes.extend_from_slice(path);
+        bytes.push(0);
+        self.put(&bytes)?;
         self.pad(4)
     }
 
@@ -181,7 +182,10 @@ impl Archive<'_> {
         const ZEROS: [u8; ALIGN] = [0; ALIGN];
         let over = usize::try_from(self.written.len_bytes % to as u64).unwrap_or_default();
         let zeros = ZEROS.get(..(to - over) % to);
-        self.put(zeros.unwrap_or_default())
+        match zeros {
+            Some([]) | None => Ok(()),
+            Some(zeros) => self.put(zeros),
+        }
     }
 
     fn finish(mut self) -> Result<Written, ImageError> {

@@ -37,7 +37,14 @@ fn an_image_is_made_once() {
         let again = kept(&bench, source, None).expect("the same");
         assert_eq!(again, Built { cached: true, ..first });
     }
-    assert_eq!(files(&bench), 4);
+    // What a killed process leaves goes when it is old.
+    for name in [".new-old", ".new-young"] {
+        fs::write(bench.path("cache/images").join(name), "begun").expect("a file");
+    }
+    common::touch(&bench.path("cache/images/.new-old"), 1);
+    kept(&bench, &root, None).expect("the same");
+    assert!(bench.path("cache/images/.new-young").exists());
+    assert_eq!(files(&bench), 5);
 }
 
 #[test]

@@ -27,6 +27,9 @@ pub enum Verb {
     /// Run a machine in the foreground, and serve the other verbs for it and its descendants
     #[command(after_help = EXIT_CODES)]
     Run(RunArgs),
+    /// Make an initramfs for Linux guests from a directory, a tar archive or an OCI layout
+    #[command(after_help = EXIT_CODES)]
+    Image(ImageArgs),
     /// List instances as a tree of parents and children
     Ps(PsArgs),
     /// Fork a running instance; prints the UUIDs of the children
@@ -131,6 +134,30 @@ pub struct RunArgs {
     /// Print one JSON object for each event on stdout: started, console, forked, note, exited
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `image`.
+///
+/// The image has the runtime's agent as /.uk/init, with what it needs, besides the source; boot it
+/// with rdinit=/.uk/init. It is kept, and found again as long as nothing that went into it changes.
+/// Prints its path.
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// A directory, a tar archive (as `docker export` writes it; plain, gzip or zstd) or the
+    /// directory of an OCI layout
+    pub source: PathBuf,
+    /// Where to write the image [default: the cache folder]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// A folder with vmlinuz and its modules [default: what ./just has fetched]
+    #[arg(long, value_name = "DIR")]
+    pub kernel_dir: Option<PathBuf>,
+    /// Print a JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// What the guest runs; instead of an OCI image's own command, behind its entry point
+    #[arg(last = true)]
+    pub command: Vec<String>,
 }
 
 /// Arguments of `ps`.

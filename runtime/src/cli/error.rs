@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::ErrorKind;
 
+use guest_image::ImageError;
 use runtime::kvm::KvmError;
 use runtime::sys::{self, SysError};
 
@@ -78,6 +79,17 @@ impl From<KvmError> for CliError {
             KvmError::Ioctl { .. } | KvmError::ShortMsrs { .. } | KvmError::TooLarge { .. } => {
                 INTERNAL
             }
+        };
+        Self { code, message: sys::chain(&error) }
+    }
+}
+
+impl From<ImageError> for CliError {
+    fn from(error: ImageError) -> Self {
+        let code = match &error {
+            denied if denied.is_denied() => PERMISSION,
+            system if system.is_system() => INTERNAL,
+            _ => USAGE,
         };
         Self { code, message: sys::chain(&error) }
     }

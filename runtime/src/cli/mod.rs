@@ -12,6 +12,7 @@
 //! | `run`, `console`, `signals` | the foreground owner |
 //! | `wire`, `serve`, `client` | what is said between processes |
 //! | `guest` | what the agent in a Linux guest is asked for |
+//! | `image` | images of Linux guests |
 //! | `verbs`, `ps`, `doctor` | everything else that can be asked for |
 //!
 //! Exit codes are those of [`error`]; the guest's own code otherwise.
@@ -22,6 +23,7 @@ mod console;
 mod doctor;
 mod error;
 mod guest;
+mod image;
 mod live;
 mod parse;
 mod prometheus;
@@ -62,6 +64,7 @@ impl Verb {
     fn run(self) -> Result<u8, CliError> {
         match self {
             Self::Run(args) => run::run(&args),
+            Self::Image(args) => image::run(&args),
             Self::Ps(args) => ps::run(&args),
             Self::Branch(args) => verbs::branch(&args),
             Self::Exec(args) => guest::exec(&args),

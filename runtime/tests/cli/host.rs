@@ -1,12 +1,15 @@
 //! What needs no machine.
 
+use std::process::Stdio;
+
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::tools::{Folder, holds, same};
+use super::tools::{Done, Folder, holds, same};
 
-const VERBS: [&str; 12] = [
+const VERBS: [&str; 13] = [
     "run",
+    "image",
     "ps",
     "branch",
     "wait",
@@ -31,6 +34,8 @@ pub fn usage_errors_are_one_line() -> Result<(), Failed> {
         (&["run", "--bare", "/nowhere/x.elf"], "cannot read /nowhere/x.elf"),
         (&["branch", "-n", "129", "0"], "1..=128"),
         (&["branch", "../x"], "UUID"),
+        (&["image"], "SOURCE"),
+        (&["image", "/nowhere"], "cannot look at /nowhere"),
         (&["frok"], "frok"),
     ] {
         let done = folder.done(words)?;
@@ -45,6 +50,43 @@ pub fn usage_errors_are_one_line() -> Result<(), Failed> {
         same(&done.out, &"", &done)?;
     }
     Ok(())
+}
+
+pub fn an_image_is_made_and_kept() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let (kernel, source) = (folder.0.join("kernel"), folder.0.join("source"));
+    std::fs::create_dir_all(&kernel)?;
+    std::fs::create_dir_all(source.join("etc"))?;
+    std::fs::write(kernel.join("vmlinuz"), "a kernel")?;
+    let built_in = "virtio_mmio virtio-rng vmw_vsock_virtio_transport fuse overlay";
+    let built_in = built_in.split(' ').map(|name| format!("kernel/{name}.ko\n"));
+    std::fs::write(kernel.join("modules.builtin"), built_in.collect::<String>())?;
+    let image = |words: &[&str]| {
+        let mut command = folder.runtime(&["image"]);
+        command.env("UKP_CACHE", folder.0.join("cache")).arg("--kernel-dir").arg(&kernel);
+        command.arg(&source).args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Done::of(command.spawn()?)
+    };
+    let first = image(&[])?;
+    same(&(first.code, &*first.err), &(0, ""), &first)?;
+    let path = first.out.trim_end();
+    holds(path.ends_with(".cpio") && std::fs::metadata(path)?.len() > 512, &first)?;
+
+    let told: Value = serde_json::from_str(&image(&["--json"])?.out)?;
+    same(&told["path"].as_str(), &Some(path), &told)?;
+    same(&told["cached"], &Value::Bool(true), &told)?;
+    same(&told["argv"], &Value::Null, &told)?;
+    let out = folder.0.join("out.cpio");
+    let told = image(&["--json", "-o", &out.to_string_lossy(), "--", "sh", "-c"])?;
+    let told: Value = serde_json::from_str(&told.out)?;
+    same(&told["argv"], &serde_json::json!(["sh", "-c"]), &told)?;
+    same(&told["cwd"], &serde_json::json!("/"), &told)?;
+    same(&told["bytes"].as_u64(), &Some(std::fs::metadata(&out)?.len()), &told)?;
+
+    std::fs::create_dir(source.join(".uk"))?;
+    let refused = image(&[])?;
+    same(&(refused.code, refused.err.lines().count()), &(64, 1), &refused)?;
+    holds(refused.err.contains("`/.uk` is kept for the runtime's own files"), &refused)
 }
 
 pub fn every_verb_has_help() -> Result<(), Failed> {

@@ -16,6 +16,7 @@ type Test = fn() -> Result<(), Failed>;
 /// Tests that run everywhere.
 const PURE: &[(&str, Test)] = &[
     ("usage_errors_are_one_line", host::usage_errors_are_one_line),
+    ("an_image_is_made_and_kept", host::an_image_is_made_and_kept),
     ("every_verb_has_help", host::every_verb_has_help),
     ("completions_know_the_verbs", host::completions_know_the_verbs),
     ("doctor_speaks_json", host::doctor_speaks_json),

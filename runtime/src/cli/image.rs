@@ -1,0 +1,83 @@
+//! `image`: an initramfs for Linux guests.
+
+use std::time::Duration;
+
+use guest_image::{Built, Options, Progress, Source};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::args::ImageArgs;
+use super::error::CliError;
+use super::{print, print_json};
+
+pub fn run(args: &ImageArgs) -> Result<u8, CliError> {
+    let source = Source::find(&args.source)?;
+    // On a terminal alone: it hides itself elsewhere.
+    let bar = ProgressBar::no_length();
+    let progress = |done| show(&bar, done);
+    let options = Options {
+        output: args.output.as_deref(),
+        kernel_dir: args.kernel_dir.as_deref(),
+        command: Some(args.command.as_slice()).filter(|command| !command.is_empty()),
+        progress: &progress,
+        ..Options::default()
+    };
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}, {bytes}") {
+        bar.set_style(style);
+    }
+    bar.set_message("looking at the source");
+    bar.enable_steady_tick(Duration::from_millis(100));
+    let built = guest_image::build(&source, &options);
+    bar.finish_and_clear();
+    let built = built?;
+    if let Some(user) = &built.user {
+        eprintln!(
+            "note: the image asks for the user {}; guests run it as root",
+            user.escape_debug()
+        );
+    }
+    if args.json {
+        print_json(&described(&built))?;
+    } else {
+        use std::os::unix::ffi::OsStrExt;
+        print(&[built.path.as_os_str().as_bytes(), b"\n"].concat())?;
+    }
+    Ok(0)
+}
+
+/// One counter for both ways; it is begun again when the source was read.
+fn show(bar: &ProgressBar, progress: Progress) {
+    match progress {
+        Progress::Source(bytes) => {
+            bar.set_length(bytes);
+            bar.set_message(format!("reading {}", HumanBytes(bytes)));
+        }
+        Progress::Read(bytes) => bar.inc(bytes),
+        Progress::Written(bytes) => {
+            if bar.length().is_some() {
+                bar.unset_length();
+                bar.set_position(0);
+            }
+            if bar.position() == 0 {
+                bar.set_message("writing the image");
+            }
+            bar.inc(bytes);
+        }
+    }
+}
+
+fn described(built: &Built) -> serde_json::Value {
+    let config = built.config.as_ref();
+    json!({
+        "path": built.path.to_string_lossy(),
+        "bytes": built.bytes,
+        "entries": built.entries,
+        "kernel": built.kernel.to_string_lossy(),
+        "modules": built.modules,
+        "argv": config.map(|config| &config.argv),
+        "env": config.map(|config| &config.env),
+        "cwd": config.map(|config| &config.cwd),
+        "cached": built.cached,
+        "blake3": built.blake3,
+    })
+}
