@@ -8,12 +8,14 @@
 //! | [`memory`] | what a machine's memory must hold |
 //! | [`census`] | what processes hold: descriptors, mappings, memfds |
 //! | [`host`] | what this host can do |
+//! | [`image`] | a Linux image with busybox |
 //! | [`elf`] | guests of a few bytes |
 
 pub mod case;
 pub mod census;
 pub mod elf;
 pub mod host;
+pub mod image;
 pub mod memory;
 pub mod nested;
 pub mod probes;

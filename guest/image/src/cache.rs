@@ -24,7 +24,7 @@ use crate::own::Config;
 /// Begins the name of a file that is being written.
 const NEW: &str = ".new-";
 /// Nobody writes for so long without a pause.
-const STALE: Duration = Duration::from_secs(3600);
+const STALE: Duration = Duration::from_hours(1);
 
 /// What is known of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
