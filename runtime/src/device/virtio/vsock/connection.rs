@@ -223,6 +223,7 @@ impl Connection {
         self.stage = Stage::Leaving;
         if self.guest_shutdown & shutdown::SEND == 0 {
             self.to_host.clear();
+            self.ours = 0;
         }
         self.flush();
     }

@@ -223,7 +223,10 @@ impl Device for Vsock {
         self.connections.look(self.cid.into(), knows);
         self.receive(tx, ram, &mut work)?;
         work.at_ns = self.connections.expire();
+        let stuck = self.connections.is_stuck();
         self.send(rx, ram, &mut work)?;
+        // The packets that were left in the queue do not announce themselves again.
+        work.more |= stuck && !self.connections.is_stuck();
         if let Birth::Told { .. } = self.birth {
             let soon = now_ns() + LOOK_NS;
             work.at_ns = Some(work.at_ns.map_or(soon, |at| at.min(soon)));

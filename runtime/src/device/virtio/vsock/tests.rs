@@ -606,6 +606,21 @@ fn a_guest_that_has_no_buffers_gets_everything_when_it_has() {
 }
 
 #[test]
+fn more_packets_than_there_is_room_for_refusals_wait_for_it() {
+    let folder = Folder::new();
+    let mut guest = Guest::bare(&folder.0, LINUX);
+    for port in 0..300 {
+        let end = End { port, host_port: 99, room: 0, taken: 0 };
+        guest.send(end.header(op::RW, 0), b"x");
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    guest.fill();
+    for port in 0..300 {
+        guest.wait("a refusal", |header| header.dst_port == port && header.op == op::RST);
+    }
+}
+
+#[test]
 fn the_socket_goes_with_the_instance() {
     let folder = Folder::new();
     let guest = Guest::new(&folder.0, PLAIN);
