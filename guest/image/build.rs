@@ -10,7 +10,14 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let root = here.ancestors().nth(2).expect("this crate lies in the workspace");
-    for path in ["guest/abi", "guest/agent", "guest/image/build.rs", "Cargo.toml", "Cargo.lock"] {
+    for path in [
+        "guest/abi",
+        "guest/agent",
+        "guest/wire",
+        "guest/image/build.rs",
+        "Cargo.toml",
+        "Cargo.lock",
+    ] {
         println!("cargo:rerun-if-changed={}", root.join(path).display());
     }
     // A target folder of its own: the outer cargo holds the lock of the other one. Flags meant for

@@ -57,6 +57,8 @@ pub struct InstanceConfig {
     pub kernel: PathBuf,
     /// Its initramfs; empty: none.
     pub initrd: PathBuf,
+    /// A second archive behind it, in memory alone: what one image is to run this time.
+    pub initrd_tail: Vec<u8>,
     /// Its command line.
     pub cmdline: String,
     /// Folder of the unix sockets that lead to its socket device and from there to the host; empty:
@@ -98,6 +100,7 @@ impl Default for InstanceConfig {
             bare: PathBuf::new(),
             kernel: PathBuf::new(),
             initrd: PathBuf::new(),
+            initrd_tail: Vec::new(),
             cmdline: String::new(),
             vsock: PathBuf::new(),
         }

@@ -70,6 +70,8 @@ pub struct Linux<'a> {
     pub kernel: &'a Path,
     /// Initramfs; empty: none.
     pub initrd: &'a Path,
+    /// A second archive behind the initramfs.
+    pub initrd_tail: &'a [u8],
     /// Command line.
     pub cmdline: &'a str,
     /// Number of virtio devices.
@@ -102,7 +104,7 @@ pub fn load(
     let mut params = boot_params { hdr: header, ..boot_params::default() };
     params.hdr.type_of_loader = LOADER_UNKNOWN;
     if !what.initrd.as_os_str().is_empty() {
-        let (start, size) = load_initrd(what.initrd, ram, end, low, &header)?;
+        let (start, size) = load_initrd(what, ram, end, low, &header)?;
         params.hdr.ramdisk_image = start;
         params.hdr.ramdisk_size = size;
     }
@@ -180,14 +182,18 @@ fn load_kernel(
 
 /// Puts the initramfs as high as the kernel takes it. Returns where, and its size.
 fn load_initrd(
-    path: &Path,
+    what: &Linux<'_>,
     ram: &GuestRam,
     kernel_end: u64,
     low: u64,
     header: &setup_header,
 ) -> Result<(u32, u32), BootError> {
+    let path = what.initrd;
     let mut file = File::open(path).map_err(read_error(path))?;
-    let size = file.metadata().map_err(read_error(path))?.len();
+    let length = file.metadata().map_err(read_error(path))?.len();
+    // Archives follow each other at multiples of four bytes.
+    let tail_at = length.next_multiple_of(4);
+    let size = tail_at + what.initrd_tail.len() as u64;
     let most = low.min(u64::from(header.initrd_addr_max) + 1);
     let start = most.checked_sub(size).map_or(0, |start| start & !(PAGE - 1));
     if start < kernel_end {
@@ -198,8 +204,9 @@ fn load_initrd(
         );
         return Err(kernel_error(path, text));
     }
-    let bytes = usize::try_from(size).unwrap_or(usize::MAX);
+    let bytes = usize::try_from(length).unwrap_or(usize::MAX);
     ram.read_exact_volatile_from(GuestAddress(start), &mut file, bytes)?;
+    ram.write_slice(what.initrd_tail, GuestAddress(start + tail_at))?;
     Ok((word(start), word(size)))
 }
 

@@ -75,25 +75,23 @@ pub struct RunArgs {
     /// Run a bare-metal guest: a static ELF (see guest/bare/ABI.md), or the bundled one, which
     /// waits for programs
     // Empty: the bundled one. Not a path to clap, which takes no empty ones.
-    #[arg(long, value_name = "FILE.elf", required_unless_present = "kernel", num_args = 0..=1,
+    #[arg(long, value_name = "FILE.elf", required_unless_present_any = ["kernel", "image"], num_args = 0..=1,
           default_missing_value = "", conflicts_with = "kernel")]
     pub bare: Option<OsString>,
-    /// Boot Linux, a bzImage or vmlinux for x86-64, with its console on ttyS0 (new: no devices yet,
-    /// and forked from outside only)
+    /// Boot Linux with this image: a directory, a tar archive or an OCI layout, of which an image is
+    /// made and kept, or one that `runtime image` made
+    #[arg(long, value_name = "SOURCE", conflicts_with = "bare")]
+    pub image: Option<PathBuf>,
+    /// Boot this kernel, a bzImage or vmlinux for x86-64, with its console on ttyS0 [default with
+    /// --image: the one that `./just` fetches]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// Its initramfs
-    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with = "bare")]
+    /// An initramfs for it, in place of an image: a guest without an agent
+    #[arg(long, value_name = "FILE", requires = "kernel", conflicts_with_all = ["bare", "image"])]
     pub initrd: Option<PathBuf>,
-    /// Its command line
-    #[arg(
-        long,
-        value_name = "TEXT",
-        requires = "kernel",
-        conflicts_with = "bare",
-        default_value = "console=ttyS0"
-    )]
-    pub cmdline: String,
+    /// Its command line; with --image it follows what an image needs
+    #[arg(long, value_name = "TEXT", conflicts_with = "bare")]
+    pub cmdline: Option<String>,
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse::memory)]
     pub memory: u32,
@@ -134,6 +132,9 @@ pub struct RunArgs {
     /// Print one JSON object for each event on stdout: started, console, forked, note, exited
     #[arg(long)]
     pub json: bool,
+    /// What the image runs, in place of its own command
+    #[arg(last = true, requires = "image", value_name = "COMMAND")]
+    pub command: Vec<String>,
 }
 
 /// Arguments of `image`.

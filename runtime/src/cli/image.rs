@@ -1,8 +1,11 @@
 //! `image`: an initramfs for Linux guests.
 
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use guest_image::{Built, Options, Progress, Source};
+use guest_image::{Built, Config, Options, Progress, Source};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -10,24 +13,50 @@ use super::args::ImageArgs;
 use super::error::CliError;
 use super::{print, print_json};
 
+/// How an archive begins that is an image already.
+const MAGIC: &[u8] = b"07070";
+
+/// The image of `source`, made if need be, and what it runs if it says so.
+pub fn ready(source: &Path) -> Result<(PathBuf, Option<Config>), CliError> {
+    let mut begin = [0; MAGIC.len()];
+    let made = File::open(source).and_then(|mut file| file.read_exact(&mut begin)).is_ok();
+    if made && begin == *MAGIC {
+        return Ok((source.to_owned(), None));
+    }
+    let built = make(&Source::find(source)?, Options::default())?;
+    Ok((built.path, built.config))
+}
+
 pub fn run(args: &ImageArgs) -> Result<u8, CliError> {
     let source = Source::find(&args.source)?;
-    // On a terminal alone: it hides itself elsewhere.
-    let bar = ProgressBar::no_length();
-    let progress = |done| show(&bar, done);
     let options = Options {
         output: args.output.as_deref(),
         kernel_dir: args.kernel_dir.as_deref(),
         command: Some(args.command.as_slice()).filter(|command| !command.is_empty()),
-        progress: &progress,
         ..Options::default()
     };
+    let built = make(&source, options)?;
+    if args.json {
+        print_json(&described(&built))?;
+    } else {
+        use std::os::unix::ffi::OsStrExt;
+        print(&[built.path.as_os_str().as_bytes(), b"\n"].concat())?;
+    }
+    Ok(0)
+}
+
+/// Makes an image, and shows on a terminal how far it is.
+fn make(source: &Source, options: Options<'_>) -> Result<Built, CliError> {
+    // On a terminal alone: it hides itself elsewhere.
+    let bar = ProgressBar::no_length();
+    let progress = |done| show(&bar, done);
+    let options = Options { progress: &progress, ..options };
     if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}, {bytes}") {
         bar.set_style(style);
     }
     bar.set_message("looking at the source");
     bar.enable_steady_tick(Duration::from_millis(100));
-    let built = guest_image::build(&source, &options);
+    let built = guest_image::build(source, &options);
     bar.finish_and_clear();
     let built = built?;
     if let Some(user) = &built.user {
@@ -36,13 +65,7 @@ pub fn run(args: &ImageArgs) -> Result<u8, CliError> {
             user.escape_debug()
         );
     }
-    if args.json {
-        print_json(&described(&built))?;
-    } else {
-        use std::os::unix::ffi::OsStrExt;
-        print(&[built.path.as_os_str().as_bytes(), b"\n"].concat())?;
-    }
-    Ok(0)
+    Ok(built)
 }
 
 /// One counter for both ways; it is begun again when the source was read.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ebpf_loader::Level;
+use guest_image::Config;
 use runtime::boot::linux::{self, Linux};
 use runtime::boot::{self, BootError};
 use runtime::device::virtio;
@@ -20,6 +21,7 @@ use uuid::Uuid;
 use super::args::RunArgs;
 use super::console::{Console, Format};
 use super::error::{CliError, exit_code};
+use super::image;
 use super::parse;
 use super::serve::Server;
 use super::signals::Signals;
@@ -80,6 +82,51 @@ fn lock(screen: &Screen) -> MutexGuard<'_, Console<Stdout, Stderr>> {
     screen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What Linux is booted from.
+#[derive(Default)]
+struct Guest {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    tail: Vec<u8>,
+    cmdline: String,
+}
+
+/// Longest command, as the image has it: it travels in a message.
+const COMMAND_MOST: usize = 16 * 1024;
+
+/// Kernel parameters of an image: where its console is, that it says what is wrong and no more, that
+/// a panic is its end, and who is its first process.
+const IMAGE_CMDLINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/.uk/init";
+
+fn guest(args: &RunArgs) -> Result<Guest, CliError> {
+    let Some(source) = &args.image else {
+        return Ok(Guest {
+            kernel: args.kernel.clone().unwrap_or_default(),
+            initrd: args.initrd.clone().unwrap_or_default(),
+            tail: Vec::new(),
+            cmdline: args.cmdline.clone().unwrap_or_else(|| "console=ttyS0".to_owned()),
+        });
+    };
+    let kernel = match &args.kernel {
+        Some(kernel) => kernel.clone(),
+        None => guest_image::kernel_dir()?.join("vmlinuz"),
+    };
+    let (initrd, config) = image::ready(source)?;
+    let tail = if args.command.is_empty() {
+        Vec::new()
+    } else {
+        let around = config.unwrap_or_else(|| Config::command(Vec::new()));
+        guest_image::config_segment(&Config { argv: args.command.clone(), ..around })?
+    };
+    if tail.len() > COMMAND_MOST {
+        let text = format!("the command is longer than {COMMAND_MOST} bytes; put it into a file");
+        return Err(CliError::usage(text));
+    }
+    let more = args.cmdline.iter().map(|more| format!(" {more}"));
+    let cmdline = std::iter::once(IMAGE_CMDLINE.to_owned()).chain(more).collect();
+    Ok(Guest { kernel, initrd, tail, cmdline })
+}
+
 fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
     let available = sys::affinity();
     for mask in [args.vcpu_cpus, args.standby_cpus].into_iter().flatten() {
@@ -89,6 +136,7 @@ fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
             return Err(CliError::usage(text));
         }
     }
+    let guest = guest(args)?;
     Ok(InstanceConfig {
         memory_mib: args.memory,
         vcpus: args.vcpus,
@@ -101,9 +149,10 @@ fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {
         vcpu_cpus: args.vcpu_cpus.unwrap_or(0),
         standby_cpus: args.standby_cpus.unwrap_or(0),
         bare: args.bare.clone().unwrap_or_default().into(),
-        kernel: args.kernel.clone().unwrap_or_default(),
-        initrd: args.initrd.clone().unwrap_or_default(),
-        cmdline: args.cmdline.clone(),
+        kernel: guest.kernel,
+        initrd: guest.initrd,
+        initrd_tail: guest.tail,
+        cmdline: guest.cmdline,
         ..InstanceConfig::default()
     })
 }
@@ -122,10 +171,15 @@ fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
         .map_err(|error| internal(&error))?;
     let ram = guest_ram(&mapping, &layout).map_err(|error| internal(&error))?;
     let loaded = if linux {
-        let InstanceConfig { kernel, initrd, cmdline, .. } = config;
+        let InstanceConfig { kernel, initrd, initrd_tail, cmdline, .. } = config;
         let devices = virtio::Bus::devices_of(config);
-        linux::load(&Linux { kernel, initrd, cmdline, devices }, &ram, &layout, config.vcpus)
-            .map(drop)
+        linux::load(
+            &Linux { kernel, initrd, initrd_tail, cmdline, devices },
+            &ram,
+            &layout,
+            config.vcpus,
+        )
+        .map(drop)
     } else {
         boot::load(&read(&config.bare)?, &ram, &layout).map(drop)
     };

@@ -149,9 +149,9 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
 fn load_guest(instance: &Instance, layout: RamLayout, vcpus: &mut [Vcpu]) -> Result<(), BootError> {
     let (config, ram) = (instance.config(), instance.ram());
     if config.is_linux() {
-        let InstanceConfig { kernel, initrd, cmdline, .. } = config;
+        let InstanceConfig { kernel, initrd, initrd_tail, cmdline, .. } = config;
         let devices = instance.devices().map_or(0, Bus::devices);
-        let linux = Linux { kernel, initrd, cmdline, devices };
+        let linux = Linux { kernel, initrd, initrd_tail, cmdline, devices };
         let entry = linux::load(&linux, ram, &layout, config.vcpus)?;
         instance.machine().mask_pics()?;
         return vcpus.iter_mut().try_for_each(|vcpu| linux::start(vcpu, entry));

@@ -128,6 +128,9 @@ impl Owner {
         config.owner = self.folder.path().join("owner");
         if config.is_linux() {
             self.answer_agents()?;
+            if config.vsock.as_os_str().is_empty() {
+                self.folder.path().clone_into(&mut config.vsock);
+            }
         }
         let (ours, theirs) = sys::socket_pair()?;
         let root = Root::spawn(&theirs)?;
