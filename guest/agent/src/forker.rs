@@ -19,6 +19,7 @@ use std::time::Instant;
 use crate::console::{chain, say};
 use crate::doorbell::{Doorbell, Identity, Outcome};
 use crate::fs::{ForkRequest, Service};
+use crate::haste::before_others;
 use crate::processes::Proc;
 use crate::renew::{Renew, RenewError};
 
@@ -59,6 +60,11 @@ impl Forker {
     }
 
     fn run(&mut self) {
+        // The fewer others run in a child before it is another machine, the better; where there is
+        // one processor none do. It is done without, if it has to.
+        if let Err(error) = before_others() {
+            say(format_args!("forks have no priority: {error}"));
+        }
         self.raise_barrier();
         while let Some(request) = self.service.next_fork() {
             self.fork(request);

@@ -21,6 +21,7 @@ pub mod control;
 pub mod doorbell;
 pub mod forker;
 pub mod fs;
+pub mod haste;
 pub mod host;
 pub mod init;
 pub mod processes;

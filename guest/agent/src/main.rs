@@ -6,7 +6,9 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use guest_agent::doorbell::ports::Ports;
 use guest_agent::{cli, console, init};
 
 fn main() -> ExitCode {
@@ -16,7 +18,7 @@ fn main() -> ExitCode {
     let asked = name.is_some_and(|name| name == "init")
         || arguments.get(1).is_some_and(|argument| argument == "init");
     if is_first {
-        init::run();
+        init::run(|| Ok(Arc::new(Ports::open()?)));
     }
     if asked {
         console::say("init can only be the first process of a machine");

@@ -28,6 +28,9 @@ use crate::sync::{lock, wait};
 
 /// How long the host may take to tell about a child.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// For so long after a fork the host may not know the child yet, and is asked again now and then.
+const AMNESTY: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_millis(100);
 /// How often it is looked whether somebody who waits has got a signal.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -66,6 +69,15 @@ struct Asked {
     reply: ReplyData,
 }
 
+/// A question that the host is to be asked again.
+#[derive(Clone, Copy)]
+enum Again {
+    /// For the end of this child.
+    Wait(u32),
+    /// For the read with this number.
+    Read(u64),
+}
+
 /// Behind the lock.
 pub(super) struct Inner {
     pub(super) machine: Machine<ForkRequest>,
@@ -80,6 +92,7 @@ pub(super) struct Inner {
     polls: BTreeMap<u64, (u32, PollNotifier)>,
     asked: BTreeMap<u64, Asked>,
     next_asked: u64,
+    again: Vec<(Duration, Again)>,
     pub(crate) stats: Stats,
     closed: bool,
 }
@@ -110,6 +123,7 @@ impl Service {
             polls: BTreeMap::new(),
             asked: BTreeMap::new(),
             next_asked: 0,
+            again: Vec::new(),
             stats: Stats::default(),
             closed: false,
         };
@@ -213,15 +227,17 @@ impl Service {
         inner.stats.last_fork_us = Some(micros(took));
         drop(inner);
         request.succeed();
+        self.ask_for_end(number, child);
+    }
+
+    fn ask_for_end(&self, number: u32, child: Uuid) {
         let (Some(host), this) = (self.host(), self.this.clone()) else { return };
-        host.wait(
-            child,
-            Box::new(move |code| {
-                if let Some(service) = this.upgrade() {
-                    service.ended(number, code);
-                }
-            }),
-        );
+        let then = move |code| {
+            if let Some(service) = this.upgrade() {
+                service.ended(number, code);
+            }
+        };
+        host.wait(child, Box::new(then));
     }
 
     /// There was no fork.
@@ -243,6 +259,7 @@ impl Service {
         let waiters = std::mem::take(&mut inner.waiters);
         let asked = std::mem::take(&mut inner.asked);
         let polls = std::mem::take(&mut inner.polls);
+        inner.again.clear();
         inner.stats = Stats::default();
         drop(guard);
         for request in forks {
@@ -317,22 +334,23 @@ impl Service {
         (handle, size): (u64, u32),
         reply: ReplyData,
     ) {
-        let Some(host) = self.host() else { return reply.error(Errno::EIO) };
         let id = inner.next_asked;
         inner.next_asked += 1;
         let limit = since_boot().saturating_add(ANSWER_LIMIT);
         inner.asked.insert(id, Asked { child, file, handle, limit, size, reply });
         self.tick.notify_one();
         drop(inner);
-        let this = self.this.clone();
-        host.child(
-            uuid,
-            Box::new(move |info| {
-                if let Some(service) = this.upgrade() {
-                    service.answered(id, info);
-                }
-            }),
-        );
+        self.ask_for_read(id, uuid);
+    }
+
+    fn ask_for_read(&self, id: u64, child: Uuid) {
+        let (Some(host), this) = (self.host(), self.this.clone()) else { return };
+        let then = move |info| {
+            if let Some(service) = this.upgrade() {
+                service.answered(id, info);
+            }
+        };
+        host.child(child, Box::new(then));
     }
 
     fn answered(&self, id: u64, info: Result<ChildInfo, HostError>) {
@@ -341,6 +359,12 @@ impl Service {
         let Some(asked) = inner.asked.remove(&id) else { return };
         let info = match info {
             Ok(info) => info,
+            Err(HostError::Unknown) if inner.is_young(asked.child) => {
+                inner.asked.insert(id, asked);
+                inner.again.push((since_boot().saturating_add(AGAIN), Again::Read(id)));
+                self.tick.notify_one();
+                return;
+            }
             Err(error) => {
                 drop(guard);
                 return asked.reply.error(errno(error));
@@ -370,6 +394,11 @@ impl Service {
         let inner = &mut *guard;
         match code {
             Ok(code) => inner.machine.children.stopped(child, code, since_boot()),
+            Err(HostError::Unknown) if inner.is_young(child) => {
+                inner.again.push((since_boot().saturating_add(AGAIN), Again::Wait(child)));
+                self.tick.notify_one();
+                return;
+            }
             Err(HostError::Unknown) => inner.machine.children.disown(child),
             Err(HostError::OfParent | HostError::TooMany) => return,
         }
@@ -403,8 +432,16 @@ impl Service {
             let interrupted = inner.take_interrupted();
             let late = inner.take_late(now);
             let polls = inner.expire(now);
-            if !interrupted.is_empty() || !late.is_empty() || !polls.is_empty() {
+            let again = inner.take_again(now);
+            let quiet = interrupted.is_empty() && late.is_empty();
+            if !(quiet && polls.is_empty() && again.is_empty()) {
                 drop(inner);
+                for (what, child) in again {
+                    match what {
+                        Again::Wait(number) => self.ask_for_end(number, child),
+                        Again::Read(id) => self.ask_for_read(id, child),
+                    }
+                }
                 for waiter in interrupted {
                     waiter.reply.error(Errno::EINTR);
                 }
@@ -444,10 +481,31 @@ impl Inner {
         gone.map(|(_, (_, notifier))| notifier).collect()
     }
 
+    /// Whether the host may not know the child yet.
+    fn is_young(&self, child: u32) -> bool {
+        let known = self.machine.children.get(child);
+        known.is_ok_and(|known| since_boot().saturating_sub(known.since) < AMNESTY)
+    }
+
+    /// What is to be asked again now, and about whom.
+    fn take_again(&mut self, now: Duration) -> Vec<(Again, Uuid)> {
+        let due = self.again.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>();
+        let whom = |what| {
+            let number = match what {
+                Again::Wait(number) => Some(number),
+                Again::Read(id) => self.asked.get(&id).map(|asked| asked.child),
+            };
+            let child = self.machine.children.get(number?).ok()?;
+            Some((what, child.uuid))
+        };
+        due.into_iter().filter_map(|(_, what)| whom(what)).collect()
+    }
+
     fn next_look(&self, now: Duration) -> Option<Duration> {
         let signals = (!self.waiters.is_empty()).then_some(SIGNAL_INTERVAL);
         let answers = self.asked.values().map(|asked| asked.limit).min();
-        let times = [answers, self.machine.children.next_expiry()].into_iter().flatten();
+        let again = self.again.iter().map(|(at, _)| *at).min();
+        let times = [answers, again, self.machine.children.next_expiry()].into_iter().flatten();
         signals.into_iter().chain(times.map(|time| time.saturating_sub(now))).min()
     }
 }

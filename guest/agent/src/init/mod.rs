@@ -28,7 +28,6 @@ use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 use crate::console::{chain, say};
 use crate::control;
 use crate::doorbell::Doorbell;
-use crate::doorbell::ports::Ports;
 use crate::forker::Forker;
 use crate::fs::Service;
 use crate::host::Client;
@@ -63,8 +62,8 @@ fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> InitError {
     move |source| InitError { what: what.into(), source }
 }
 
-/// Runs the machine. Never returns.
-pub fn run() -> ! {
+/// Runs the machine, which `doorbell` gives the doorbell of. Never returns.
+pub fn run(doorbell: fn() -> io::Result<Arc<dyn Doorbell>>) -> ! {
     mounts::mount_all();
     if let Err(error) = mounts::open_console() {
         // There may be nobody to read it.
@@ -72,7 +71,7 @@ pub fn run() -> ! {
     }
     modules::load_all(&Path::new(HOME).join("modules"));
     let ending = Ending::default();
-    match start(&ending) {
+    match start(doorbell, &ending) {
         Ok(reaper) => reaper.reap(),
         Err(error) => {
             say(chain(&error));
@@ -82,9 +81,11 @@ pub fn run() -> ! {
 }
 
 /// Starts everything, the workload last.
-fn start(ending: &Ending) -> Result<Arc<Reaper>, InitError> {
-    let ports = Ports::open().map_err(cannot("use the doorbell's ports"))?;
-    let doorbell: Arc<dyn Doorbell> = Arc::new(ports);
+fn start(
+    doorbell: fn() -> io::Result<Arc<dyn Doorbell>>,
+    ending: &Ending,
+) -> Result<Arc<Reaper>, InitError> {
+    let doorbell = doorbell().map_err(cannot("use the doorbell"))?;
     ending.use_doorbell(doorbell.clone());
     let config = Config::read(&Path::new(HOME).join("config.json"))?;
     if config.freeze {

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -79,12 +80,21 @@ fn one(wanted: &Wanted) -> io::Result<()> {
     } else if !at.is_dir() {
         return Ok(());
     }
+    if is_mount_point(at)? {
+        return Ok(());
+    }
     match mount(wanted.kind, wanted.at, wanted.kind, wanted.flags, wanted.options) {
-        // The kernel may have mounted its devices itself; a kernel without control groups is one.
-        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Ok(()) => Ok(()),
+        // A kernel without control groups is one too.
         Err(Errno::NODEV) if wanted.kind == c"cgroup2" => Ok(()),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Whether something is mounted there: the kernel, or who started this, may have done it.
+fn is_mount_point(at: &Path) -> io::Result<bool> {
+    let Some(parent) = at.parent() else { return Ok(true) };
+    Ok(fs::metadata(at)?.dev() != fs::metadata(parent)?.dev())
 }
 
 /// Makes the console this process's standard input, output and error.

@@ -41,6 +41,8 @@ pub enum Progress {
 pub struct Child {
     /// Its name.
     pub uuid: Uuid,
+    /// When it was forked, since boot.
+    pub since: Duration,
     /// Once the host was asked.
     pub constants: Option<Constants>,
     exit: Option<(i32, Duration)>,
@@ -76,11 +78,12 @@ impl Children {
         Self { table: BTreeMap::new(), next: 0, retention }
     }
 
-    pub(super) fn add(&mut self, uuid: Uuid) -> u32 {
+    pub(super) fn add(&mut self, uuid: Uuid, since: Duration) -> u32 {
         let number = self.next;
         self.next = (self.next + 1) % (1 << NUMBER_BITS);
         let child = Child {
             uuid,
+            since,
             constants: None,
             exit: None,
             owed: 0,

@@ -87,7 +87,7 @@ impl<T> Machine<T> {
     pub fn forked(&mut self, tid: u32, tgid: u32, now: Duration, child: Uuid) -> u32 {
         self.queue.done();
         self.readers.record(tid, tgid, now, child);
-        self.children.add(child)
+        self.children.add(child, now)
     }
 
     /// The fork in progress is done, and this is the child. Returns the requests that belonged to

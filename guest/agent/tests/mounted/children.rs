@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
     ("children::a_child_goes_when_its_code_was_read", a_child_goes_when_its_code_was_read),
     ("children::a_child_goes_with_the_retention_time", a_child_goes_with_the_retention_time),
     ("children::one_that_the_host_does_not_know_is_stale", unknown_is_stale),
+    ("children::a_host_that_learns_of_a_child_late", a_host_that_learns_of_a_child_late),
     ("children::a_silent_host_is_an_io_error", a_silent_host_is_an_io_error),
 ];
 
@@ -231,4 +232,23 @@ fn a_silent_host_is_an_io_error() -> Result<()> {
     ensure!(started.elapsed() < Duration::from_secs(8));
     ensure!(rig.children()?.len() == 1, "the rest of the file system lives");
     Ok(())
+}
+
+fn a_host_that_learns_of_a_child_late() -> Result<()> {
+    let rig = Rig::new()?;
+    let uuid = Uuid::new_v4();
+    rig.next(crate::rig::Fork::Child(uuid));
+    rig.host.forget(uuid);
+    fs::write(rig.path("fork"), "1")?;
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read_to_string(rig.of(uuid, "status")));
+        let waiter = scope.spawn(|| fs::write(rig.of(uuid, "wait"), "1"));
+        thread::sleep(Duration::from_millis(300));
+        rig.host.add(uuid);
+        let status = reader.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+        ensure!(status == "Running\n");
+        thread::sleep(Duration::from_millis(300));
+        rig.host.stop(uuid, 1);
+        Ok(waiter.join().map_err(|_| anyhow::anyhow!("panicked"))??)
+    })
 }
