@@ -3,9 +3,10 @@
 use std::fmt::Display;
 use std::io::Write;
 
-/// Writes one line. A console that does not take it is no reason to stop.
+/// Writes one line, in one piece. A console that does not take it is no reason to stop.
 pub fn say(line: impl Display) {
-    drop(writeln!(std::io::stderr().lock(), "ukp-agent: {line}"));
+    let line = format!("ukp-agent: {line}\n");
+    drop(std::io::stderr().write_all(line.as_bytes()));
 }
 
 /// An error and what it came from, in one line.

@@ -103,9 +103,9 @@ impl Forker {
                 self.service.forked(request, tgid, child, rung.elapsed());
             }
             Outcome::Failed { errno, step } => {
-                self.service.fork_failed(request);
                 let error = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
                 say(format_args!("fork failed in step {step} of the host: {error}"));
+                self.service.fork_failed(request);
             }
             Outcome::Child(identity) => self.become_child(request, &identity),
         }

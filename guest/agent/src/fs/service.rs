@@ -69,7 +69,7 @@ struct Asked {
     reply: ReplyData,
 }
 
-/// A question that the host is to be asked again.
+/// A question that the host is to be asked, or asked again.
 #[derive(Clone, Copy)]
 enum Again {
     /// For the end of this child.
@@ -225,9 +225,11 @@ impl Service {
         let number = inner.machine.forked(request.tid, tgid, since_boot(), child);
         inner.stats.forks += 1;
         inner.stats.last_fork_us = Some(micros(took));
+        // By the housekeeper: this thread has priority, and who forked wants to go on.
+        inner.again.push((Duration::ZERO, Again::Wait(number)));
+        self.tick.notify_one();
         drop(inner);
         request.succeed();
-        self.ask_for_end(number, child);
     }
 
     fn ask_for_end(&self, number: u32, child: Uuid) {
