@@ -18,27 +18,28 @@ use std::time::Instant;
 
 use crate::console::{chain, say};
 use crate::doorbell::{Doorbell, Identity, Outcome};
+use crate::freezer::Freezer;
 use crate::fs::{ForkRequest, Service};
 use crate::haste::before_others;
 use crate::processes::Proc;
-use crate::renew::{Renew, RenewError};
+use crate::renew::Renew;
 
 /// How long a standby may wait for the doorbell once it was announced: twice what finding out who
 /// asks takes.
 const ANNOUNCE_US: u32 = 200;
 
-/// Called if this machine could not be made unique. It has to be stopped.
-pub type Fatal = Box<dyn Fn(&RenewError) + Send>;
-
-/// The thread.
+/// What the thread works with.
 pub struct Forker {
-    service: Arc<Service>,
-    doorbell: Arc<dyn Doorbell>,
-    renew: Arc<dyn Renew>,
-    fatal: Fatal,
-    /// What is opened as the barrier.
-    path: PathBuf,
-    barrier: Option<File>,
+    /// Has the requests.
+    pub service: Arc<Service>,
+    /// Forks.
+    pub doorbell: Arc<dyn Doorbell>,
+    /// Makes a child another machine.
+    pub renew: Arc<dyn Renew>,
+    /// Freezes the workload meanwhile.
+    pub freezer: Option<Freezer>,
+    /// Called if this machine could not be made unique: it has to be stopped.
+    pub fatal: Box<dyn Fn() + Send>,
 }
 
 impl Forker {
@@ -47,18 +48,20 @@ impl Forker {
     /// # Errors
     ///
     /// There is no thread for it.
-    pub fn start(
-        service: Arc<Service>,
-        doorbell: Arc<dyn Doorbell>,
-        renew: Arc<dyn Renew>,
-        fatal: Fatal,
-        mounted: &Path,
-    ) -> io::Result<std::thread::JoinHandle<()>> {
-        let path = mounted.join("fork");
-        let mut forker = Self { service, doorbell, renew, fatal, path, barrier: None };
-        std::thread::Builder::new().name("ukp-fork".into()).spawn(move || forker.run())
+    pub fn start(self, mounted: &Path) -> io::Result<std::thread::JoinHandle<()>> {
+        let mut thread = Thread { with: self, path: mounted.join("fork"), barrier: None };
+        std::thread::Builder::new().name("ukp-fork".into()).spawn(move || thread.run())
     }
+}
 
+struct Thread {
+    with: Forker,
+    /// What is opened as the barrier.
+    path: PathBuf,
+    barrier: Option<File>,
+}
+
+impl Thread {
     fn run(&mut self) {
         // The fewer others run in a child before it is another machine, the better; where there is
         // one processor none do. It is done without, if it has to.
@@ -66,7 +69,7 @@ impl Forker {
             say(format_args!("forks have no priority: {error}"));
         }
         self.raise_barrier();
-        while let Some(request) = self.service.next_fork() {
+        while let Some(request) = self.with.service.next_fork() {
             self.fork(request);
             if self.barrier.is_none() {
                 self.raise_barrier();
@@ -78,7 +81,7 @@ impl Forker {
     /// (`fuse_release`), behind all those that were sent before.
     fn raise_barrier(&mut self) {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        self.service.expect_barrier(tid);
+        self.with.service.expect_barrier(tid);
         match File::open(&self.path) {
             Ok(file) => self.barrier = Some(file),
             Err(error) => say(format_args!("cannot open {}: {error}", self.path.display())),
@@ -88,40 +91,53 @@ impl Forker {
     fn fork(&mut self, request: ForkRequest) {
         // While a standby wakes up there is time to find out who asks. Its failure is told by the
         // fork, if that fails too.
-        drop(self.doorbell.announce(ANNOUNCE_US));
+        drop(self.with.doorbell.announce(ANNOUNCE_US));
         let tgid = Proc.thread_group(request.tid);
+        if let Some(Err(error)) = self.with.freezer.as_ref().map(Freezer::freeze) {
+            say(format_args!("fork failed: the workload cannot be frozen: {error}"));
+            return self.with.service.fork_failed(request);
+        }
         let rung = Instant::now();
-        let words = match self.doorbell.fork() {
-            Ok(words) => words,
-            Err(error) => {
-                say(format_args!("fork failed: the doorbell cannot be rung: {error}"));
-                return self.service.fork_failed(request);
-            }
-        };
-        match Outcome::of(&words) {
-            Outcome::Parent { child } => {
-                self.service.forked(request, tgid, child, rung.elapsed());
-            }
-            Outcome::Failed { errno, step } => {
+        let outcome = self.with.doorbell.fork().map(|words| Outcome::of(&words));
+        let took = rung.elapsed();
+        if let Ok(Outcome::Child(identity)) = &outcome {
+            return self.become_child(request, identity);
+        }
+        self.thaw();
+        match outcome {
+            Ok(Outcome::Parent { child }) => self.with.service.forked(request, tgid, child, took),
+            Ok(Outcome::Child(_)) => {}
+            Ok(Outcome::Failed { errno, step }) => {
                 let error = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
                 say(format_args!("fork failed in step {step} of the host: {error}"));
-                self.service.fork_failed(request);
+                self.with.service.fork_failed(request);
             }
-            Outcome::Child(identity) => self.become_child(request, &identity),
+            Err(error) => {
+                say(format_args!("fork failed: the doorbell cannot be rung: {error}"));
+                self.with.service.fork_failed(request);
+            }
+        }
+    }
+
+    fn thaw(&self) {
+        // The workload would stand still for good, and nothing can be done about it here.
+        if let Some(Err(error)) = self.with.freezer.as_ref().map(Freezer::thaw) {
+            say(format_args!("the workload cannot be thawed: {error}"));
         }
     }
 
     fn become_child(&mut self, request: ForkRequest, identity: &Identity) {
         let born = Instant::now();
-        if let Err(error) = self.renew.renew(identity) {
+        if let Err(error) = self.with.renew.renew(identity) {
             say(chain(&error));
-            (self.fatal)(&error);
+            (self.with.fatal)();
             return request.fail(fuser::Errno::EIO);
         }
         let renewed = born.elapsed();
-        self.service.became_child(identity.uuid, identity.generation);
+        self.with.service.became_child(identity.uuid, identity.generation);
         self.barrier = None;
-        self.service.born(born.elapsed(), renewed);
+        self.thaw();
+        self.with.service.born(born.elapsed(), renewed);
         request.succeed();
     }
 }

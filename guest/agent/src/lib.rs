@@ -20,6 +20,7 @@ pub mod console;
 pub mod control;
 pub mod doorbell;
 pub mod forker;
+pub mod freezer;
 pub mod fs;
 pub mod haste;
 pub mod host;

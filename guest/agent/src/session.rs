@@ -1,8 +1,10 @@
 //! Programs in a session of their own.
 #![expect(unsafe_code, reason = "what runs between fork and exec is marked unsafe by std")]
 
+use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::Arc;
 
 use rustix::process::{ioctl_tiocsctty, setsid};
 
@@ -17,10 +19,14 @@ pub enum ControlledBy {
     InputMaybe,
 }
 
-/// The program gets a session and a process group of its own.
-pub fn own_session(command: &mut Command, terminal: ControlledBy) {
+/// The program gets a session and a process group of its own, and joins the control group whose
+/// list of processes is given.
+pub fn own_session(command: &mut Command, terminal: ControlledBy, group: Option<Arc<File>>) {
     let start = move || {
         setsid()?;
+        if let Some(group) = &group {
+            rustix::io::write(group, b"0")?;
+        }
         if terminal == ControlledBy::Nothing {
             return Ok(());
         }
@@ -31,6 +37,6 @@ pub fn own_session(command: &mut Command, terminal: ControlledBy) {
         Ok(())
     };
     // SAFETY: between fork and exec only what is async-signal-safe may be called: the closure makes
-    // two system calls, takes no lock and no memory.
+    // three system calls, takes no lock and no memory.
     unsafe { command.pre_exec(start) };
 }

@@ -57,11 +57,12 @@ fn main() {
     if let Some(reason) = &missing {
         eprintln!("ignored: {reason}");
     }
-    let cases: [Case; 6] = [
+    let cases: [Case; 7] = [
         ("the_exit_code_is_that_of_the_workload", the_exit_code_is_that_of_the_workload),
         ("ukp_exit_ends_the_machine", ukp_exit_ends_the_machine),
         ("the_workload_finds_its_machine", the_workload_finds_its_machine),
         ("orphans_are_reaped", orphans_are_reaped),
+        ("the_workload_is_frozen_across_a_fork", the_workload_is_frozen_across_a_fork),
         ("a_workload_that_is_not_there", a_workload_that_is_not_there),
         ("a_config_that_is_wrong_is_said", a_config_that_is_wrong_is_said),
     ];
@@ -82,7 +83,8 @@ fn missing() -> Option<String> {
         return Some("no /dev/fuse".into());
     }
     let mut unshare = Command::new("unshare");
-    let tried = unshare.args(["-m", "-p", "-u", "-i", "-f", "true"]).stderr(Stdio::null()).status();
+    let tried =
+        unshare.args(["-m", "-p", "-u", "-i", "-C", "-f", "true"]).stderr(Stdio::null()).status();
     match tried {
         Ok(status) if status.success() => None,
         Ok(status) => Some(format!("unshare, which needs root, ended with {status}")),
@@ -99,6 +101,12 @@ impl Doorbell for Bell {
     }
 
     fn fork(&self) -> io::Result<Words> {
+        // Whoever is being stopped has stopped by then.
+        let ticks = |after| {
+            std::thread::sleep(Duration::from_millis(after));
+            fs::metadata("/out/ticks").map_or(0, |ticks| ticks.len())
+        };
+        fs::write("/out/stood_still", (ticks(20) == ticks(300)).to_string())?;
         let mut words = [0; answer::WORDS];
         words[answer::STATUS] = 12;
         Ok(words)
@@ -140,7 +148,7 @@ fn run(config: &str) -> Result<Ended> {
 
 fn run_in(root: &PathBuf) -> Result<Ended> {
     let mut unshare = Command::new("unshare");
-    unshare.args(["-m", "-p", "-u", "-i", "-f", "--kill-child", "sh", "-c", SCRIPT, "sh"]);
+    unshare.args(["-m", "-p", "-u", "-i", "-C", "-f", "--kill-child", "sh", "-c", SCRIPT, "sh"]);
     let mut machine = unshare.arg(root).arg(std::env::current_exe()?).spawn()?;
     let start = Instant::now();
     let status: ExitStatus = loop {
@@ -205,6 +213,33 @@ fn orphans_are_reaped() -> Result<()> {
         grep -l '^State:.Z' /proc/[0-9]*/status && exit 1; exit 0",
     )?;
     ensure!(ended.code == "0", "{}", ended.console);
+    Ok(())
+}
+
+fn the_workload_is_frozen_across_a_fork() -> Result<()> {
+    let line = "(while :; do echo >> /out/ticks; done) & sleep 0.2
+        echo 1 > /uk/libukp/fork; before=$(wc -c < /out/ticks)
+        sleep 0.1; [ $(wc -c < /out/ticks) -gt $before ] && cat /out/stood_still";
+    for freeze in [false, true] {
+        let argv = ["/bin/sh", "-c", line];
+        let ended = run(&serde_json::json!({ "argv": argv, "freeze": freeze }).to_string());
+        remove_group()?;
+        let ended = ended?;
+        ensure!(ended.code == "0", "it goes on: {}", ended.console);
+        ensure!(ended.console.ends_with(&freeze.to_string()), "{freeze}: {}", ended.console);
+    }
+    Ok(())
+}
+
+/// Control groups outlive the namespaces that they were made in.
+fn remove_group() -> Result<()> {
+    let at = std::env::temp_dir().join(format!("guest-agent-groups-{}", std::process::id()));
+    fs::create_dir(&at)?;
+    let script = "mount -t cgroup2 none \"$1\"; [ ! -d \"$1/workload\" ] || rmdir \"$1/workload\"";
+    let mut unshare = Command::new("unshare");
+    let removed = unshare.args(["-m", "-C", "sh", "-ec", script, "sh"]).arg(&at).status();
+    fs::remove_dir(&at)?;
+    ensure!(removed?.success());
     Ok(())
 }
 

@@ -29,10 +29,11 @@ use crate::console::{chain, say};
 use crate::control;
 use crate::doorbell::Doorbell;
 use crate::forker::Forker;
+use crate::freezer::Freezer;
 use crate::fs::Service;
 use crate::host::Client;
 use crate::reaper::Reaper;
-use crate::renew::{self, Renew, RenewError};
+use crate::renew::{self, Renew};
 use crate::serve::Server;
 use config::Config;
 pub use ending::Ending;
@@ -43,6 +44,8 @@ const HOME: &str = "/.uk";
 pub const LIBUKP: &str = "/uk/libukp";
 /// What programs may want to read about this machine.
 const RUN: &str = "/run/ukp";
+/// Where control groups are mounted.
+const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
 /// Exit code of a machine in which something essential failed.
 const FAILED: u8 = 120;
 /// Exit code of a child that could not be made unique.
@@ -88,11 +91,10 @@ fn start(
     let doorbell = doorbell().map_err(cannot("use the doorbell"))?;
     ending.use_doorbell(doorbell.clone());
     let config = Config::read(&Path::new(HOME).join("config.json"))?;
-    if config.freeze {
-        say("config.json: freeze is not supported yet; the workload is not frozen in forks");
-    }
+    let freezer = config.freeze.then(|| Freezer::new(Path::new(CONTROL_GROUPS))).transpose();
+    let freezer = freezer.map_err(cannot("make a control group that can be frozen"))?;
     let service = Service::new(config.fork_queue, config.retention());
-    serve_libukp(&config, &service, &doorbell, ending)?;
+    serve_libukp(&config, &service, &doorbell, freezer.clone(), ending)?;
     let host = connect(&config, &service)?;
     service.set_host(Arc::new(host));
 
@@ -103,6 +105,7 @@ fn start(
         reaper: reaper.clone(),
         env: config.environment(),
         cwd: config.cwd.clone(),
+        group: freezer.as_ref().map(Freezer::processes),
         workload: workload.clone(),
         requests: AtomicUsize::new(0),
     });
@@ -110,7 +113,8 @@ fn start(
     control::listen(Path::new(control::SOCKET), service, workload.clone(), ending.clone())
         .map_err(cannot(format!("listen on {}", control::SOCKET)))?;
     ring_ready(&doorbell)?;
-    workload::start(&config, &reaper, &workload, ending)?;
+    let group = freezer.as_ref().map(Freezer::processes);
+    workload::start(&config, &reaper, &workload, ending, group)?;
     Ok(reaper)
 }
 
@@ -119,6 +123,7 @@ fn serve_libukp(
     config: &Config,
     service: &Arc<Service>,
     doorbell: &Arc<dyn Doorbell>,
+    freezer: Option<Freezer>,
     ending: &Ending,
 ) -> Result<(), InitError> {
     let (run, mounted) = (Path::new(RUN), Path::new(LIBUKP));
@@ -138,8 +143,10 @@ fn serve_libukp(
     // It is mounted as long as the machine runs.
     std::mem::forget(session);
     let ending = ending.clone();
-    let fatal = Box::new(move |_: &RenewError| ending.end(NOT_UNIQUE));
-    Forker::start(service.clone(), doorbell.clone(), machine, fatal, mounted)
+    let fatal = Box::new(move || ending.end(NOT_UNIQUE));
+    let doorbell = doorbell.clone();
+    Forker { service: service.clone(), doorbell, renew: machine, freezer, fatal }
+        .start(mounted)
         .map_err(cannot("start the thread that forks"))?;
     let keeper = service.clone();
     let thread = std::thread::Builder::new().name("ukp-house".into());

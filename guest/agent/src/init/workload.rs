@@ -1,5 +1,6 @@
 //! The workload: the program that the machine is there for.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::process::Command;
@@ -23,6 +24,7 @@ pub(super) fn start(
     reaper: &Arc<Reaper>,
     state: &Arc<Mutex<WorkloadState>>,
     ending: &Ending,
+    group: Option<Arc<File>>,
 ) -> Result<(), InitError> {
     let shell = [SHELL.to_owned(), "-i".to_owned()];
     let argv = if config.argv.is_empty() { shell.as_slice() } else { config.argv.as_slice() };
@@ -33,7 +35,7 @@ pub(super) fn start(
     }
     let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(config.environment()).current_dir(&config.cwd);
-    own_session(&mut command, ControlledBy::InputMaybe);
+    own_session(&mut command, ControlledBy::InputMaybe, group);
 
     // The machine is ended by a thread that starts no programs.
     let (sender, ended) = std::sync::mpsc::channel();

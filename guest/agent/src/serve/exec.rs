@@ -103,10 +103,10 @@ fn start(
     let pty = program.tty.map(open_terminal).transpose()?;
     if let Some((_, slave)) = &pty {
         command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave.try_clone()?);
-        own_session(&mut command, ControlledBy::Input);
+        own_session(&mut command, ControlledBy::Input, server.group.clone());
     } else {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        own_session(&mut command, ControlledBy::Nothing);
+        own_session(&mut command, ControlledBy::Nothing, server.group.clone());
     }
     let ended = ended.clone();
     let tell = Box::new(move |exit| {

@@ -38,6 +38,8 @@ pub struct Server {
     pub env: BTreeMap<String, String>,
     /// Where they run.
     pub cwd: PathBuf,
+    /// The control group that they join.
+    pub group: Option<Arc<File>>,
     /// The workload.
     pub workload: Arc<Mutex<WorkloadState>>,
     /// Requests at this moment.

@@ -15,6 +15,7 @@ fn server() -> Arc<Server> {
         reaper: Reaper::of_process(),
         env,
         cwd: "/".into(),
+        group: None,
         workload: Arc::new(Mutex::new(WorkloadState::Running { pid: 7 })),
         requests: AtomicUsize::new(0),
     })

@@ -232,8 +232,14 @@ impl Rig {
         let service = Service::new(queue, retention);
         service.set_host(host.clone());
         let session = libukp::mount(service.clone(), &at).context("cannot mount")?;
-        let fatal = Box::new(|_: &RenewError| {});
-        let forker = Forker::start(service.clone(), bell.clone(), renewals.clone(), fatal, &at)?;
+        let forker = Forker {
+            service: service.clone(),
+            doorbell: bell.clone(),
+            renew: renewals.clone(),
+            freezer: None,
+            fatal: Box::new(|| {}),
+        };
+        let forker = forker.start(&at)?;
         let keeper = service.clone();
         let keeper = std::thread::spawn(move || keeper.keep_house());
         Ok(Self {
