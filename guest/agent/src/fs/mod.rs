@@ -4,8 +4,12 @@
 //! and written directly.
 
 mod handle;
+mod house;
 mod node;
+mod questions;
+mod read;
 mod service;
+mod tree;
 
 pub(crate) use service::ForkRequest;
 pub use service::Service;
@@ -13,7 +17,7 @@ pub use service::Service;
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -23,12 +27,12 @@ use fuser::{
     ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyPoll, ReplyWrite, Request, Session,
     SessionACL, TimeOrNow, WriteFlags,
 };
-use uuid::Uuid;
 
 use crate::console::say;
-use crate::state::{Child, ForkValue, Progress};
-use node::{CHILD_FILES, ChildFile, Node, ROOT_FILES, status_text};
-use service::{Inner, constant_text};
+use crate::state::{Child, Progress};
+use node::{ChildFile, Node};
+use read::{Read, cut};
+use tree::{entries, find, resolve};
 
 /// Names and attributes are valid for no time.
 const NO_TIME: Duration = Duration::ZERO;
@@ -87,128 +91,6 @@ impl Libukp {
             flags: 0,
         }
     }
-}
-
-/// The node with this number, if what it belongs to is still there.
-fn resolve(inner: &Inner, ino: INodeNo) -> Result<Node, Errno> {
-    let node = Node::of(ino).ok_or(Errno::ESTALE)?;
-    match node.child().map(|child| inner.machine.children.get(child)) {
-        Some(Err(_)) => Err(Errno::ESTALE),
-        _ => Ok(node),
-    }
-}
-
-/// The node called `name` in `directory`.
-fn find(inner: &Inner, directory: Node, name: &OsStr) -> Result<Node, Errno> {
-    let name = name.to_str().ok_or(Errno::ENOENT)?;
-    let found = match directory {
-        Node::Root => ROOT_FILES.iter().find(|(called, _)| *called == name).map(|(_, node)| *node),
-        Node::Vm => child_called(inner, name).map(Node::Child),
-        Node::Child(child) => {
-            let file = CHILD_FILES.iter().find(|(called, _)| *called == name);
-            file.map(|(_, file)| Node::File(child, *file))
-        }
-        _ => return Err(Errno::ENOTDIR),
-    };
-    found.ok_or(Errno::ENOENT)
-}
-
-/// Names are UUIDs in lower case, with dashes, and in no other form.
-fn child_called(inner: &Inner, name: &str) -> Option<u32> {
-    let uuid = Uuid::try_parse(name).ok().filter(|uuid| uuid.to_string() == name)?;
-    inner.machine.children.find(uuid)
-}
-
-/// Names and nodes in a directory, each with the place after it.
-fn entries(inner: &Inner, directory: Node) -> Vec<(u64, Node, String)> {
-    let named = |at: usize, node, name: &str| (at as u64 + 3, node, name.to_owned());
-    let mut entries = vec![(1, directory, ".".to_owned()), (2, Node::Root, "..".to_owned())];
-    match directory {
-        Node::Root => {
-            let files = ROOT_FILES.iter().enumerate();
-            entries.extend(files.map(|(at, (name, node))| named(at, *node, name)));
-        }
-        Node::Vm => {
-            let children = inner.machine.children.iter();
-            entries.extend(children.map(|(number, child)| {
-                (u64::from(number) + 3, Node::Child(number), child.uuid.to_string())
-            }));
-        }
-        Node::Child(child) => {
-            let files = CHILD_FILES.iter().enumerate();
-            entries
-                .extend(files.map(|(at, (name, file))| named(at, Node::File(child, *file), name)));
-        }
-        _ => {}
-    }
-    entries
-}
-
-/// A read, as the kernel asks for it.
-struct Read {
-    tid: u32,
-    handle: u64,
-    size: u32,
-    nonblocking: bool,
-}
-
-impl Libukp {
-    /// Reads from the beginning.
-    fn read_value(
-        &self,
-        mut guard: MutexGuard<'_, Inner>,
-        node: Node,
-        read: &Read,
-        reply: ReplyData,
-    ) {
-        let inner = &mut *guard;
-        let text = match node {
-            Node::Fork => match inner.machine.readers.read(read.tid, &crate::processes::Proc) {
-                ForkValue::Empty => String::new(),
-                ForkValue::Child => format!("{}\n", Uuid::nil()),
-                ForkValue::Parent(child) => format!("{child}\n"),
-            },
-            Node::TemplateInstance => String::new(),
-            Node::ScaleToZeroDisable => format!("{}\n", inner.machine.scale_to_zero_disable),
-            Node::File(child, ChildFile::Wait) => {
-                match inner.machine.children.read_code(child, read.handle) {
-                    Err(_) => return reply.error(Errno::ESTALE),
-                    Ok(Progress::Stopped(code)) => format!("{code}\n"),
-                    Ok(Progress::Alive) if read.nonblocking => return reply.error(Errno::EAGAIN),
-                    Ok(Progress::Alive) => String::new(),
-                }
-            }
-            Node::File(child, file) => {
-                let Ok(known) = inner.machine.children.get(child) else {
-                    return reply.error(Errno::ESTALE);
-                };
-                match (file, known.progress(), known.constants) {
-                    (ChildFile::Status, Progress::Stopped(_), _) => {
-                        status_text(guest_wire::Status::Stopped)
-                    }
-                    (ChildFile::Snapshot | ChildFile::CreationTime, _, Some(constants)) => {
-                        constant_text(constants, file)
-                    }
-                    _ => {
-                        let uuid = known.uuid;
-                        let to = (read.handle, read.size);
-                        return self.service.ask(guard, (child, file), uuid, to, reply);
-                    }
-                }
-            }
-            Node::Root | Node::Vm | Node::Child(_) => return reply.error(Errno::EISDIR),
-        };
-        if let Some(handle) = inner.handles.get(read.handle) {
-            handle.keep(text.as_bytes());
-        }
-        drop(guard);
-        reply.data(cut(text.as_bytes(), read.size));
-    }
-}
-
-/// As much of `bytes` as was asked for.
-fn cut(bytes: &[u8], size: u32) -> &[u8] {
-    usize::try_from(size).ok().and_then(|size| bytes.get(..size)).unwrap_or(bytes)
 }
 
 impl Filesystem for Libukp {
