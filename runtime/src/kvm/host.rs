@@ -1,6 +1,7 @@
 //! What this host's KVM can do. Asked once per process tree; standbys inherit the answer.
 
 use std::io;
+use std::path::Path;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
@@ -39,6 +40,8 @@ pub struct Host {
     pub(super) ring_entries: u32,
     /// Whether a crash that KVM has not yet told is part of a vCPU's events (Linux 6.1).
     pub(super) triple_fault_event: bool,
+    /// Whether guests run by SVM.
+    pub(super) svm: bool,
     /// Whether there are extended control registers: not on a processor without XSAVE.
     pub(super) xcrs: bool,
     /// Whether the local APIC has a timer that takes a value of the TSC.
@@ -98,6 +101,7 @@ impl Host {
         }
         let msrs = usable_msrs(&kvm, &cpuid, msrs)?;
         Ok(Self {
+            svm: Path::new("/sys/module/kvm_amd").exists(),
             xcrs: kvm.check_extension(Cap::Xcrs),
             kvm,
             cpuid,

@@ -25,6 +25,8 @@ pub struct Vcpu {
     index: u32,
     msrs: Msrs,
     xsave2: bool,
+    /// Whether the machine runs by SVM.
+    svm: bool,
     /// Whether there are extended control registers.
     xcrs: bool,
     xsave_bytes: u32,
@@ -80,6 +82,7 @@ impl Vcpu {
             index,
             msrs,
             xsave2: host.xsave2,
+            svm: host.svm,
             xcrs: host.xcrs,
             xsave_bytes: host.xsave_bytes,
             unfinished: false,
@@ -310,7 +313,7 @@ impl Vcpu {
         }
         if differs(|a, b| a.sregs == b.sregs) {
             // By ioctl and not with the next entry, because MSRs and LAPIC depend on it.
-            self.fd.set_sregs(&to.sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))?;
+            self.set_sregs(&to.sregs)?;
         }
         if differs(|a, b| a.lapic == b.lapic) {
             self.fd.set_lapic(&to.lapic).map_err(KvmError::ioctl("KVM_SET_LAPIC"))?;
@@ -330,6 +333,16 @@ impl Vcpu {
         }
         self.unfinished = false;
         Ok(())
+    }
+
+    fn set_sregs(&self, sregs: &kvm_bindings::kvm_sregs) -> Result<(), KvmError> {
+        let mut sregs = *sregs;
+        if self.svm && sregs.tr.type_ == TSS_BUSY {
+            // SVM does not show the busy bit, so KVM adds it (svm_get_segment, Linux 6.1). Set, it
+            // would stay, and QEMU's SVM then refuses ports to user mode, whatever the TSS allows.
+            sregs.tr.type_ = TSS_AVAILABLE;
+        }
+        self.fd.set_sregs(&sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))
     }
 
     fn restore_xsave(&self, to: &VcpuState) -> Result<(), KvmError> {
@@ -459,11 +472,14 @@ impl Vcpu {
     ) -> Result<(), KvmError> {
         let mut sregs = self.fd.get_sregs().map_err(KvmError::ioctl("KVM_GET_SREGS"))?;
         change(&mut sregs);
-        self.fd.set_sregs(&sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))?;
+        self.set_sregs(&sregs)?;
         self.fd.set_regs(regs).map_err(KvmError::ioctl("KVM_SET_REGS"))
     }
 }
 
+/// Types of a 64-bit task state segment.
+const TSS_AVAILABLE: u8 = 9;
+const TSS_BUSY: u8 = 11;
 /// `_IOR(KVMIO, 0xa4, struct kvm_xsave)`.
 const GET_XSAVE: libc::c_ulong = 0x9000_aea4;
 /// `_IOW(KVMIO, 0xa5, struct kvm_xsave)`; the structure's real length is that of `KVM_GET_XSAVE2`.
