@@ -105,7 +105,10 @@ impl Thread {
         }
         self.thaw();
         match outcome {
-            Ok(Outcome::Parent { child }) => self.with.service.forked(request, tgid, child, took),
+            Ok(Outcome::Parent { child, own }) => {
+                self.with.service.welcomed(own);
+                self.with.service.forked(request, tgid, child, took);
+            }
             Ok(Outcome::Child(_)) => {}
             Ok(Outcome::Failed { errno, step }) => {
                 let error = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));

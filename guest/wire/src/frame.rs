@@ -57,6 +57,9 @@ pub enum FrameError {
         /// The length found.
         len_bytes: usize,
     },
+    /// What the decoder was fed before was no frame.
+    #[error("stream was wrong before this; nothing in it is a frame any more")]
+    WrongBefore,
     /// The stream ended within a frame.
     #[error("stream ended within a frame, after {got_bytes} of its bytes")]
     Truncated {
@@ -103,11 +106,11 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// The kind is unknown, or the payload too long; and the same again, as a length of 0, for
-    /// whatever is fed after that.
+    /// The kind is unknown, or the payload too long; whatever is fed after that is
+    /// [`FrameError::WrongBefore`].
     pub fn feed(&mut self, bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
         if self.failed {
-            return Err(FrameError::Truncated { got_bytes: 0 });
+            return Err(FrameError::WrongBefore);
         }
         let result = self.advance(bytes);
         if result.is_err() {
@@ -279,7 +282,8 @@ mod tests {
     fn nothing_comes_after_an_error() {
         let mut decoder = Decoder::default();
         assert!(decoder.feed(&mut [9, 0, 0, 0, 0].as_slice()).is_err());
-        assert!(decoder.feed(&mut [1, 0, 0, 0, 0].as_slice()).is_err());
+        let error = decoder.feed(&mut [1, 0, 0, 0, 0].as_slice()).unwrap_err();
+        assert!(matches!(error, FrameError::WrongBefore), "{error}");
     }
 
     #[test]

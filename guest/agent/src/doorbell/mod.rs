@@ -49,6 +49,8 @@ pub enum Outcome {
     Parent {
         /// Its child.
         child: Uuid,
+        /// Its own UUID.
+        own: Uuid,
     },
     /// This is the child.
     Child(Identity),
@@ -84,7 +86,8 @@ impl Outcome {
             return Self::Failed { errno, step };
         }
         if words[answer::ROLE] == 0 {
-            return Self::Parent { child: Uuid::from_bytes(part(&bytes, answer::CHILD_UUID)) };
+            let uuid = |at| Uuid::from_bytes(part(&bytes, at));
+            return Self::Parent { child: uuid(answer::CHILD_UUID), own: uuid(answer::OWN_UUID) };
         }
         Self::Child(Identity {
             uuid: Uuid::from_bytes(part(&bytes, answer::OWN_UUID)),
@@ -124,7 +127,8 @@ mod tests {
     fn the_parent_reads_the_uuid_of_its_child() {
         let mut words = words();
         words[answer::CHILD_UUID] = u32::from_le_bytes([0xde, 0xad, 0xbe, 0xef]);
-        let Outcome::Parent { child } = Outcome::of(&words) else { panic!("not the parent") };
+        let Outcome::Parent { child, own } = Outcome::of(&words) else { panic!("not the parent") };
+        assert_eq!(own.as_bytes().first(), Some(&7), "word 6 is the first of its own");
         assert_eq!(child.to_string().get(..8), Some("deadbeef"));
     }
 

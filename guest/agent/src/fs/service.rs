@@ -114,7 +114,7 @@ impl Service {
         *lock(&self.host) = Some(host);
     }
 
-    /// The host says who this instance is. Returns whether that agrees with what is known.
+    /// The host or the doorbell says who this instance is. Returns whether that agrees with what is known.
     pub fn welcomed(&self, uuid: Uuid) -> bool {
         self.lock().machine.welcomed(uuid)
     }

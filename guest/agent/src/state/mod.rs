@@ -80,6 +80,7 @@ impl<T> Machine<T> {
         if self.own.is_nil() {
             self.own = own;
         }
+        // What is told first stays: the doorbell, which knows best, tells before a child goes on.
         self.own == own
     }
 

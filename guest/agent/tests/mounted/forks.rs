@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use uuid::Uuid;
 
 use crate::Case;
-use crate::rig::{Fork, Rig, errno, read_from, until, write_to};
+use crate::rig::{Fork, LIMIT, Rig, errno, read_from, until, write_to};
 
 pub const CASES: &[Case] = &[
     ("forks::a_shell_reads_the_uuid_of_its_child", a_shell_reads_the_uuid_of_its_child),
@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     ("forks::a_failed_fork_is_an_io_error", a_failed_fork_is_an_io_error),
     ("forks::the_child_reads_the_zero_uuid", the_child_reads_the_zero_uuid),
     ("forks::what_was_queued_belonged_to_the_parent", what_was_queued_belonged_to_the_parent),
+    ("forks::what_was_not_read_belonged_to_the_parent", what_was_not_read_belonged_to_the_parent),
     ("forks::a_child_of_a_child_of_a_child", a_child_of_a_child_of_a_child),
     ("forks::what_was_open_is_stale_in_the_child", what_was_open_is_stale_in_the_child),
     ("forks::one_that_waits_is_told_in_the_child", one_that_waits_is_told_in_the_child),
@@ -155,6 +156,25 @@ fn what_was_queued_belonged_to_the_parent() -> Result<()> {
     // The child's own forks are not the parent's.
     rig.fork()?;
     ensure!(rig.bell.rung.load(Ordering::SeqCst) == 2);
+    Ok(())
+}
+
+/// The agent reads a request only when it is another machine already. It was made before the barrier.
+fn what_was_not_read_belonged_to_the_parent() -> Result<()> {
+    let rig = Rig::new()?;
+    let (sender, results) = std::sync::mpsc::channel();
+    let path = rig.path("fork");
+    rig.host.at_birth(move || {
+        let writer = thread::spawn(move || sender.send(errno(fs::write(path, "1"))));
+        // Long enough for the request to be made.
+        thread::sleep(Duration::from_millis(200));
+        drop(writer);
+    });
+    rig.next(Fork::Become(Uuid::new_v4(), 1));
+    fs::write(rig.path("fork"), "1")?;
+    ensure!(results.recv_timeout(LIMIT)? == libc::EIO);
+    rig.fork()?;
+    ensure!(rig.bell.rung.load(Ordering::SeqCst) == 2, "it was not a fork of the child's");
     Ok(())
 }
 

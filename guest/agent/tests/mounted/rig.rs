@@ -102,6 +102,7 @@ struct Known {
     waits: Vec<(Uuid, Then<i32>)>,
     silent: bool,
     silenced: Vec<Then<ChildInfo>>,
+    late: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Children {
@@ -139,6 +140,11 @@ impl Children {
     /// It does not know this child.
     pub fn forget(&self, uuid: Uuid) {
         lock(&self.inner).infos.remove(&uuid);
+    }
+
+    /// This happens when the machine is another one but its fork has not returned.
+    pub fn at_birth(&self, late: impl FnOnce() + Send + 'static) {
+        lock(&self.inner).late = Some(Box::new(late));
     }
 
     /// It answers nothing any more.
@@ -180,6 +186,10 @@ impl Host for Children {
     }
 
     fn became_child(&self) {
+        let late = lock(&self.inner).late.take();
+        if let Some(late) = late {
+            late();
+        }
         let waits = std::mem::take(&mut lock(&self.inner).waits);
         for (_, then) in waits {
             then(Err(HostError::OfParent));
