@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use guest_abi::port::answer;
@@ -57,10 +57,11 @@ fn main() {
     if let Some(reason) = &missing {
         eprintln!("ignored: {reason}");
     }
-    let cases: [Case; 7] = [
+    let cases: [Case; 8] = [
         ("the_exit_code_is_that_of_the_workload", the_exit_code_is_that_of_the_workload),
         ("ukp_exit_ends_the_machine", ukp_exit_ends_the_machine),
         ("the_workload_finds_its_machine", the_workload_finds_its_machine),
+        ("a_child_is_another_machine", a_child_is_another_machine),
         ("orphans_are_reaped", orphans_are_reaped),
         ("the_workload_is_frozen_across_a_fork", the_workload_is_frozen_across_a_fork),
         ("a_workload_that_is_not_there", a_workload_that_is_not_there),
@@ -108,7 +109,19 @@ impl Doorbell for Bell {
         };
         fs::write("/out/stood_still", (ticks(20) == ticks(300)).to_string())?;
         let mut words = [0; answer::WORDS];
-        words[answer::STATUS] = 12;
+        if Path::new("/out/child").exists() {
+            words[answer::ROLE] = 1;
+            words[answer::OWN_UUID..answer::GENERATION]
+                .fill(u32::from_le_bytes(*b"\xab\xcd\xef\x4a"));
+            words[answer::GENERATION] = 77;
+            // This host's own clock, which goes on as if nothing had been set.
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+            let now = u64::try_from(now.as_nanos()).map_err(io::Error::other)?;
+            words[answer::REALTIME_NS] = u32::try_from(now & 0xffff_ffff).unwrap_or(0);
+            words[answer::REALTIME_NS + 1] = u32::try_from(now >> 32).unwrap_or(0);
+        } else {
+            words[answer::STATUS] = 12;
+        }
         Ok(words)
     }
 
@@ -204,6 +217,30 @@ fn the_workload_finds_its_machine() -> Result<()> {
     ] {
         ensure!(ended.console.contains(needle), "{needle:?} is not in {}", ended.console);
     }
+    Ok(())
+}
+
+/// With the real steps: random numbers, clock, generation, names.
+fn a_child_is_another_machine() -> Result<()> {
+    let line = "echo 0123456789abcdef0123456789abcdef > /etc/machine-id; touch /out/child
+        cat /run/ukp/generation; ukp fork || exit 1; cat /run/ukp/generation /etc/machine-id
+        uname -n; ukp status";
+    let argv = ["/bin/sh", "-c", line];
+    let config = serde_json::json!({ "argv": argv, "hostname": "m-{uuid}" });
+    let ended = run(&config.to_string())?;
+    ensure!(ended.code == "0", "{}: {}", ended.code, ended.console);
+    let own = "abcdef4a-abcd-ef4a-abcd-ef4aabcdef4a";
+    for needle in [
+        "0\n00000000-0000-0000-0000-000000000000\n77\n",
+        "77\nabcdef4aabcdef4aabcdef4aabcdef4a\n",
+        &format!("m-{own}\n"),
+        &format!("{:<18} {own}\n", "instance"),
+        &format!("{:<18} 77\n", "generation"),
+    ] {
+        ensure!(ended.console.contains(needle), "{needle:?} is not in {}", ended.console);
+    }
+    let times = ended.console.lines().filter(|line| line.ends_with(" us"));
+    eprintln!("{}", times.collect::<Vec<_>>().join("\n"));
     Ok(())
 }
 

@@ -85,7 +85,11 @@ impl Client {
             // Not connected yet is no news: the host listens when it wants to.
             if let Ok(stream) = connect() {
                 let mut welcomed = false;
-                if let Err(error) = self.converse(stream, welcome, &mut welcomed) {
+                let result = self.converse(stream, welcome, &mut welcomed);
+                // In a child the parent's connection ends one way or another.
+                if let Err(error) = result
+                    && !lock(&self.line.0).hurry
+                {
                     say(format_args!("connection to the host is made anew: {}", chain(&error)));
                 }
                 if welcomed {

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     ("forks::what_was_queued_belonged_to_the_parent", what_was_queued_belonged_to_the_parent),
     ("forks::what_was_not_read_belonged_to_the_parent", what_was_not_read_belonged_to_the_parent),
     ("forks::a_child_of_a_child_of_a_child", a_child_of_a_child_of_a_child),
+    ("forks::a_child_that_is_not_unique_is_stopped", a_child_that_is_not_unique_is_stopped),
     ("forks::what_was_open_is_stale_in_the_child", what_was_open_is_stale_in_the_child),
     ("forks::one_that_waits_is_told_in_the_child", one_that_waits_is_told_in_the_child),
     ("forks::a_folder_entered_before_is_stale", a_folder_entered_before_is_stale),
@@ -212,6 +213,15 @@ fn a_child_of_a_child_of_a_child() -> Result<()> {
         ensure!(succeeded == 50, "{succeeded} succeeded");
         all
     })
+}
+
+fn a_child_that_is_not_unique_is_stopped() -> Result<()> {
+    let rig = Rig::new()?;
+    rig.renewals.fail.store(true, Ordering::SeqCst);
+    rig.next(Fork::Become(Uuid::new_v4(), 1));
+    ensure!(errno(fs::write(rig.path("fork"), "1")) == libc::EIO);
+    ensure!(rig.stopped.load(Ordering::SeqCst));
+    Ok(())
 }
 
 fn what_was_open_is_stale_in_the_child() -> Result<()> {

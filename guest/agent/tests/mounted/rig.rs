@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -202,10 +202,15 @@ impl Host for Children {
 pub struct Renewals {
     /// Identities taken on.
     pub generations: Mutex<Vec<u64>>,
+    /// The next ones cannot be taken on.
+    pub fail: AtomicBool,
 }
 
 impl Renew for Renewals {
     fn renew(&self, identity: &Identity) -> Result<(), RenewError> {
+        if self.fail.load(Ordering::SeqCst) {
+            return Err(RenewError { step: "fail", source: io::ErrorKind::Other.into() });
+        }
         lock(&self.generations).push(identity.generation);
         Ok(())
     }
@@ -218,6 +223,8 @@ pub struct Rig {
     pub host: Arc<Children>,
     pub renewals: Arc<Renewals>,
     pub service: Arc<Service>,
+    /// Whether the machine was to be stopped.
+    pub stopped: Arc<AtomicBool>,
     forks: Option<Sender<Fork>>,
     threads: Vec<JoinHandle<()>>,
     session: Option<fuser::BackgroundSession>,
@@ -242,12 +249,14 @@ impl Rig {
         let service = Service::new(queue, retention);
         service.set_host(host.clone());
         let session = libukp::mount(service.clone(), &at).context("cannot mount")?;
+        let stopped = Arc::new(AtomicBool::new(false));
+        let told = stopped.clone();
         let forker = Forker {
             service: service.clone(),
             doorbell: bell.clone(),
             renew: renewals.clone(),
             freezer: None,
-            fatal: Box::new(|| {}),
+            fatal: Box::new(move || told.store(true, Ordering::SeqCst)),
         };
         let forker = forker.start(&at)?;
         let keeper = service.clone();
@@ -258,6 +267,7 @@ impl Rig {
             host,
             renewals,
             service,
+            stopped,
             forks: Some(sender),
             threads: vec![forker, keeper],
             session: Some(session),
