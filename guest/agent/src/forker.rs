@@ -100,16 +100,16 @@ impl Thread {
         let rung = Instant::now();
         let outcome = self.with.doorbell.fork().map(|words| Outcome::of(&words));
         let took = rung.elapsed();
-        if let Ok(Outcome::Child(identity)) = &outcome {
-            return self.become_child(request, identity);
+        // A child goes on when it is another machine.
+        if !matches!(outcome, Ok(Outcome::Child(_))) {
+            self.thaw();
         }
-        self.thaw();
         match outcome {
+            Ok(Outcome::Child(identity)) => self.become_child(request, &identity),
             Ok(Outcome::Parent { child, own }) => {
                 self.with.service.welcomed(own);
                 self.with.service.forked(request, tgid, child, took);
             }
-            Ok(Outcome::Child(_)) => {}
             Ok(Outcome::Failed { errno, step }) => {
                 let error = io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0));
                 say(format_args!("fork failed in step {step} of the host: {error}"));
