@@ -177,7 +177,13 @@ impl Connection {
     pub fn hear(&mut self, header: &Header) {
         self.guest_room = header.buf_alloc;
         self.guest_passed = Wrapping(header.fwd_cnt);
-        self.asked_for_room = false;
+        // An answer that there is none is no reason to ask again: it will tell when there is.
+        self.asked_for_room &= self.room() == 0;
+    }
+
+    /// Bytes that the guest has room for.
+    fn room(&self) -> usize {
+        self.guest_room.saturating_sub((self.sent - self.guest_passed).0) as usize
     }
 
     /// The guest wants to know how much room there is.
@@ -199,11 +205,8 @@ impl Connection {
             self.passed += wrap(sent);
             data = &data[sent..];
         }
-        if self.host_left {
-            self.passed += wrap(data.len());
-        } else {
-            self.to_host.extend(data);
-        }
+        self.to_host.extend(data);
+        self.flush();
         true
     }
 
@@ -308,7 +311,7 @@ impl Connection {
         if !wanted || self.host_sent || !self.readable || buffer.is_empty() {
             return None;
         }
-        let room = self.guest_room.saturating_sub((self.sent - self.guest_passed).0) as usize;
+        let room = self.room();
         if room == 0 {
             let asks = !std::mem::replace(&mut self.asked_for_room, true);
             return asks.then_some(Next::Control { op: op::CREDIT_REQUEST, flags: 0 });
