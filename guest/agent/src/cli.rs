@@ -5,6 +5,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use guest_wire::{FrameError, WorkloadState};
@@ -24,7 +25,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Fork this machine. Prints the child's UUID in the parent, and the zero UUID in the child.
-    Fork,
+    Fork {
+        /// As JSON, with the time that the write to `fork` took, by this machine's clock.
+        #[arg(long)]
+        json: bool,
+    },
     /// Wait until a child has stopped. Prints its exit code and exits with it.
     Wait {
         /// The child.
@@ -86,9 +91,15 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, mounted: &Path) -> Exi
 
 fn act(verb: &Verb, mounted: &Path, out: &mut impl Write) -> Result<u8, CliError> {
     match verb {
-        Verb::Fork => {
-            let fork = fork(mounted)?;
-            print(out, &fork)?;
+        Verb::Fork { json } => {
+            let (child, time) = fork(mounted)?;
+            let told = if *json {
+                let us = time.as_secs_f64() * 1e6;
+                serde_json::json!({ "child": child, "guest_fork_us": us }).to_string()
+            } else {
+                child
+            };
+            print(out, &told)?;
             Ok(0)
         }
         Verb::Wait { uuid } => {
@@ -108,17 +119,21 @@ fn act(verb: &Verb, mounted: &Path, out: &mut impl Write) -> Result<u8, CliError
     }
 }
 
-/// Forks, by the file system at `mounted`, and returns what its `fork` shows then.
+/// Forks, by the file system at `mounted`. Returns what its `fork` shows then, and how long the write
+/// took: in the child too, where the clock runs on.
 ///
 /// # Errors
 ///
 /// There is no such file, or the fork failed.
-pub fn fork(mounted: &Path) -> Result<String, CliError> {
+pub fn fork(mounted: &Path) -> Result<(String, Duration), CliError> {
     let path = mounted.join("fork");
     let failed = |source| CliError::Io { what: format!("fork, by {}", path.display()), source };
-    fs::write(&path, "1").map_err(failed)?;
+    let mut file = OpenOptions::new().write(true).open(&path).map_err(failed)?;
+    let begin = Instant::now();
+    file.write_all(b"1").map_err(failed)?;
+    let time = begin.elapsed();
     let uuid = fs::read_to_string(&path).map_err(failed)?;
-    Ok(uuid.trim_end().to_owned())
+    Ok((uuid.trim_end().to_owned(), time))
 }
 
 /// Waits for a child and returns its exit code. With one open file: the code is kept for who has it.

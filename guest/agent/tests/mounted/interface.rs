@@ -56,7 +56,7 @@ fn ukp_forks_and_waits() -> Result<()> {
     let rig = Rig::new()?;
     let uuid = uuid::Uuid::new_v4();
     rig.next(crate::rig::Fork::Child(uuid));
-    ensure!(cli::fork(&rig.at)? == uuid.to_string());
+    ensure!(cli::fork(&rig.at)?.0 == uuid.to_string());
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| cli::wait(&rig.at, uuid));
         std::thread::sleep(std::time::Duration::from_millis(50));
