@@ -209,7 +209,8 @@ mod tests {
 
     #[test]
     fn without_the_file_system_it_says_what_it_tried() {
-        let error = act(&Verb::Fork, Path::new("/no/such/folder"), &mut Vec::new()).unwrap_err();
+        let error = act(&Verb::Fork { json: false }, Path::new("/no/such/folder"), &mut Vec::new())
+            .unwrap_err();
         let line = chain(&error);
         assert!(line.contains("/no/such/folder/fork") && line.contains("No such file"), "{line}");
     }
