@@ -8,6 +8,7 @@ target := env('CARGO_TARGET_DIR', justfile_directory() / 'target')
 release := target / 'release'
 runtime := quote(release / 'runtime')
 harness := quote(release / 'bench-harness')
+guest := quote(release / 'guest')
 just := quote(just_executable())
 
 # List the recipes
@@ -24,6 +25,22 @@ build:
 [group('build')]
 doctor *ARGS: build
     @{{ runtime }} doctor "$@"
+
+# Run a shell command in a fresh Linux instance (--image SOURCE, --memory SIZE, --vcpus N)
+[group('guest')]
+[no-exit-message]
+guest *ARGS: _guest
+    @{{ guest }} run "$@"
+
+# Fork a Linux instance from inside, let the children fork, and show the tree
+[group('guest')]
+[no-exit-message]
+demo *ARGS: _guest
+    @{{ guest }} demo "$@"
+
+[private]
+_guest:
+    @cargo build --release --locked -p runtime -p tests --bins
 
 # Remove what was built (results/ stays)
 [group('build')]

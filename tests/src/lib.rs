@@ -9,11 +9,14 @@
 //! | [`census`] | what processes hold: descriptors, mappings, memfds |
 //! | [`host`] | what this host can do |
 //! | [`image`] | a Linux image with busybox |
+//! | [`nested`] | a machine under software emulation with a standard KVM |
+//! | [`guest`] | a Linux instance on whatever host this is |
 //! | [`elf`] | guests of a few bytes |
 
 pub mod case;
 pub mod census;
 pub mod elf;
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod memory;

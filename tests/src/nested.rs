@@ -22,6 +22,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 
 const QEMU: &str = "qemu-system-x86_64";
 const MEMORY_MIB: u32 = 3072;
@@ -109,6 +110,7 @@ pub fn run(
     let folder = Folder::new()?;
     let initramfs = initramfs(&folder.0, programs).context("packing the initramfs")?;
     let machine = Machine::start(&initramfs)?;
+    let mut folder = Some(folder);
     let deadline = Instant::now() + limit;
     let mut ended: Vec<Ended> = Vec::new();
     let mut under_way: Option<(String, Vec<String>)> = None;
@@ -127,6 +129,8 @@ pub fn run(
                 );
             }
         };
+        // QEMU has read it, or holds it. From here on a process that is killed leaves nothing.
+        drop(folder.take());
         if let Some(name) = line.strip_prefix(BEGIN) {
             under_way = Some((name.to_owned(), Vec::new()));
         } else if let Some(code) = line.strip_prefix(END) {
@@ -219,7 +223,7 @@ impl Machine {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
-        die_with_this_process(&mut command);
+        end_with_this_process(&mut command, Signal::KILL);
         let mut process = command.spawn().context("starting QEMU")?;
         let output = process.stdout.take().context("QEMU has no output")?;
         let (sender, lines) = channel();
@@ -250,11 +254,9 @@ impl Drop for Machine {
 }
 
 #[expect(unsafe_code, reason = "what is done between fork and exec is ours to keep safe")]
-fn die_with_this_process(command: &mut Command) {
-    let child = || {
-        let signal = Some(rustix::process::Signal::KILL);
-        rustix::process::set_parent_process_death_signal(signal).map_err(Into::into)
-    };
+pub(crate) fn end_with_this_process(command: &mut Command, signal: Signal) {
+    let child =
+        move || rustix::process::set_parent_process_death_signal(Some(signal)).map_err(Into::into);
     // SAFETY: one system call, which allocates nothing and takes no lock.
     unsafe { command.pre_exec(child) };
 }
@@ -364,6 +366,8 @@ fn init_script(programs: &[Program]) -> String {
         "export PATH=/bin HOME=/tmp XDG_RUNTIME_DIR=/run".to_owned(),
     ];
     lines.extend(MODULES.map(|module| format!("$b insmod /m/{module}")));
+    // The kernel writes to the same serial line, into the middle of what a program prints.
+    lines.push("$b dmesg -n 1".to_owned());
     for (index, program) in programs.iter().enumerate() {
         let pairs = program.environment.iter();
         let pairs = pairs.map(|(name, value)| format!("{name}={}", quoted(value)));

@@ -30,7 +30,7 @@ pub struct Console<Out, Notes> {
     out: Out,
     notes: Notes,
     format: Format,
-    /// Console output that is no line yet.
+    /// Console output that is no line yet, or no character.
     lines: HashMap<Uuid, Vec<u8>>,
     instances: usize,
     /// The first instance: how it ends is said at the end.
@@ -53,9 +53,18 @@ impl<Out: Write, Notes: Write> Console<Out, Notes> {
         }
         match self.format {
             Format::Json => {
-                if let Some(value) = as_json(uuid, event) {
-                    self.put(format!("{value}\n").as_bytes());
-                }
+                let whole = match event {
+                    Event::Console { bytes } => match self.characters(uuid, bytes) {
+                        bytes if bytes.is_empty() => return,
+                        bytes => Some(Event::Console { bytes }),
+                    },
+                    Event::Exited { .. } => {
+                        self.flush(uuid);
+                        None
+                    }
+                    _ => None,
+                };
+                self.object(uuid, whole.as_ref().unwrap_or(event));
             }
             Format::Text => self.as_text(uuid, event),
         }
@@ -124,7 +133,31 @@ impl<Out: Write, Notes: Write> Console<Out, Notes> {
 
     fn flush(&mut self, uuid: Uuid) {
         if let Some(line) = self.lines.remove(&uuid) {
-            self.line(uuid, &line);
+            match self.format {
+                Format::Text => self.line(uuid, &line),
+                Format::Json => self.object(uuid, &Event::Console { bytes: line }),
+            }
+        }
+    }
+
+    /// Output comes in pieces of any length: the beginning of a character waits for the rest of it.
+    fn characters(&mut self, uuid: Uuid, bytes: &[u8]) -> Vec<u8> {
+        let mut all = self.lines.remove(&uuid).unwrap_or_default();
+        all.extend_from_slice(bytes);
+        // Of four bytes three may be there.
+        let begun = (1..=3).filter_map(|tail| all.len().checked_sub(tail)).find(|at| {
+            let cut = std::str::from_utf8(&all[*at..]).err();
+            cut.is_some_and(|cut| cut.valid_up_to() == 0 && cut.error_len().is_none())
+        });
+        if let Some(at) = begun {
+            self.lines.insert(uuid, all.split_off(at));
+        }
+        all
+    }
+
+    fn object(&mut self, uuid: Uuid, event: &Event) {
+        if let Some(value) = as_json(uuid, event) {
+            self.put(format!("{value}\n").as_bytes());
         }
     }
 
@@ -230,5 +263,19 @@ mod tests {
             text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
         assert_eq!(values[0]["event"], "started");
         assert_eq!(values[1]["text"], "a\nb");
+    }
+
+    #[test]
+    fn json_does_not_cut_characters() {
+        let piece = |bytes: &[u8]| (A, Event::Console { bytes: bytes.into() });
+        let events =
+            [hello(A), piece(b"a\xf0\x9f"), piece(b"\x8d"), piece(b"\x92\xc3"), piece(b"x\xc3")];
+        let text = shown(Format::Json, &events);
+        let texts: Vec<Value> = text
+            .lines()
+            .skip(1)
+            .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["text"].clone())
+            .collect();
+        assert_eq!(texts, ["a", "\u{1f352}", "\u{fffd}x", "\u{fffd}"]);
     }
 }
