@@ -144,7 +144,7 @@ fn demo(machine: Machine) -> Result<ExitCode, GuestError> {
         });
     })?;
     let emulated = matches!(place, Place::Emulated { .. });
-    let how = if emulated { " (emulated: hundreds of times slower than a processor)" } else { "" };
+    let how = if emulated { " (emulated: it says nothing about hardware)" } else { "" };
     print(&format!("\n{}\n{}{how}\n", tree.drawn(), tree.times()));
     let complaints = tree.complaints();
     let Some((first, more)) = complaints.split_first() else {

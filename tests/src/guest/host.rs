@@ -107,7 +107,10 @@ fn arguments(ask: &Ask, kernel: &str, image: &str, command: &[String]) -> Vec<St
     let (memory, vcpus) = (format!("{}M", ask.memory_mib), ask.vcpus.to_string());
     let fixed = ["run", "--json", "--memory", &memory, "--vcpus", &vcpus];
     let mut all: Vec<String> = fixed.map(str::to_owned).to_vec();
-    all.extend(["--kernel", kernel, "--image", image].map(str::to_owned));
+    // Linux complains of a machine without PCI, and then starts.
+    all.extend(
+        ["--kernel", kernel, "--image", image, "--cmdline", "loglevel=3"].map(str::to_owned),
+    );
     if !command.is_empty() {
         all.push("--".to_owned());
         all.extend_from_slice(command);
