@@ -55,12 +55,15 @@ fn tools(rustc: &str) -> Result<PathBuf, String> {
         caches.map(|caches| caches.join("ukp-runtime"))
     });
     let cache = cache.unwrap_or_default();
-    println!("cargo:rerun-if-changed={}", cache.display());
     let folders = cache.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
     let fetched = folders.map(|folder| folder.join("bin").join(LINKER));
     let mut linkers: Vec<PathBuf> = fetched.filter(|path| path.is_file()).collect();
     linkers.sort();
-    let linker = linkers.pop().unwrap_or_else(|| LINKER.into());
+    let fetched = linkers.pop();
+    // The folder only while there is nothing in it: cargo looks at all that it holds, and images and
+    // locks of other programs change there.
+    println!("cargo:rerun-if-changed={}", fetched.as_ref().unwrap_or(&cache).display());
+    let linker = fetched.unwrap_or_else(|| LINKER.into());
     match output(Command::new(&linker).arg("--version")) {
         Some(_) => Ok(linker),
         None => Err(format!("{LINKER} is neither in {} nor in PATH", cache.display())),
