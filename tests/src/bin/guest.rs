@@ -176,9 +176,11 @@ fn happened(event: &Event, lines: &mut Lines, show: &mut impl FnMut(Uuid, &str))
             if let Some(line) = lines.end(*instance) {
                 show(*instance, &line);
             }
-            let why = reason.iter().map(|reason| format!(": {reason}")).collect::<String>();
-            if *code != 0 || reason.is_some() {
-                eprintln!("note: {}: exited with {code}{why}", short(*instance));
+            let who = short(*instance);
+            match reason {
+                Some(reason) => eprintln!("note: {who}: exited with {code}: {reason}"),
+                None if *code != 0 => eprintln!("note: {who}: exited with {code}"),
+                None => {}
             }
         }
     }
