@@ -18,6 +18,8 @@ use uuid::Uuid;
 
 /// How long an agent may take to say that it is there.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a fork may take, which may have to wait for others.
+const FORK: Duration = Duration::from_secs(60);
 /// Bytes of a file in one frame.
 const PIECE: usize = 32 * 1024;
 /// Longest answer to `CONNECT`.
@@ -109,8 +111,9 @@ impl Agent {
         let mut byte = [0];
         while line.len() < LINE && line.last() != Some(&b'\n') {
             match stream.read(&mut byte) {
-                Ok(1) => line.push(byte[0]),
-                _ => return Err(AgentError::NoAgent),
+                Ok(0) => return Err(AgentError::NoAgent),
+                Ok(_) => line.push(byte[0]),
+                Err(error) => return Err(lost(error)),
             }
         }
         if !line.starts_with(b"OK ") {
@@ -128,6 +131,20 @@ impl Agent {
         self.ask(&Request::Ping)?;
         match self.reply()? {
             Reply::Pong { uuid, generation } => Ok((uuid, generation)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes the guest fork itself; returns the child, as the guest knows it.
+    ///
+    /// # Errors
+    ///
+    /// That the fork failed, or what became of the connection.
+    pub fn fork(mut self) -> Result<Uuid, AgentError> {
+        self.stream.set_read_timeout(Some(FORK)).map_err(|error| AgentError::Lost(error.into()))?;
+        self.ask(&Request::Fork)?;
+        match self.reply()? {
+            Reply::Forked { uuid } => Ok(uuid),
             other => Err(unexpected(&other)),
         }
     }

@@ -143,6 +143,9 @@ pub enum Request {
     },
     /// How is the workload? Answered with [`Reply::Status`].
     Status,
+    /// Fork, as a program in the guest does. Answered with [`Reply::Forked`], in the parent: the
+    /// child does not have this connection.
+    Fork,
 }
 
 /// What the host says while a program runs, besides its input.
@@ -186,6 +189,11 @@ pub enum Reply {
         uuid: Uuid,
         /// Its generation; 0 in an instance that is nobody's child.
         generation: u64,
+    },
+    /// A child was made.
+    Forked {
+        /// Its UUID.
+        uuid: Uuid,
     },
     /// The program has ended and its output was sent.
     Exited {

@@ -2,6 +2,7 @@
 
 use uuid::Uuid;
 
+use crate::agent::AgentError;
 use crate::fork::Step;
 use crate::proto::Failure;
 use crate::sys::SysError;
@@ -15,6 +16,9 @@ pub enum OwnerError {
     /// An instance refused.
     #[error("{}", .0.message)]
     Refused(Failure),
+    /// A guest does not fork itself.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
     /// There is no such instance, or no more.
     #[error("there is no instance {0}")]
     Unknown(Uuid),

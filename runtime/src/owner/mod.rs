@@ -43,6 +43,7 @@ use root::Root;
 pub use state::{Known, Listener};
 use state::{Memory, Shared};
 
+use crate::agent::{self, Agent, AgentError};
 use crate::fork::ForkReport;
 use crate::proto::{Envelope, InstanceConfig, Reply, Request, Stats, WireStep};
 use crate::sys::{self, SysError};
@@ -209,12 +210,51 @@ impl Owner {
         })?
     }
 
-    /// Forks an instance from the host's side.
+    /// Forks an instance from the host's side, all children or none.
+    ///
+    /// A guest with an agent forks itself, one child after the other: its kernel would give the same
+    /// random bytes in a child that nobody has told what it is. Without an agent nobody can be told.
     ///
     /// # Errors
     ///
-    /// The step that failed ([`OwnerError::fork_failure`]).
+    /// The step that failed ([`OwnerError::fork_failure`]), or what the agent says.
     pub fn branch(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
+        let socket = agent::socket_of(self.folder.path(), uuid);
+        if !socket.exists() {
+            return self.branch_from_outside(uuid, children);
+        }
+        let mut made = Vec::new();
+        for _ in 0..children {
+            let child = match Agent::connect(&socket) {
+                Err(AgentError::NoAgent) if made.is_empty() => {
+                    return self.branch_from_outside(uuid, children);
+                }
+                Err(error) => Err(error.into()),
+                Ok(agent) => agent.fork().map_err(OwnerError::from),
+            };
+            match child.and_then(|child| self.called(child, uuid)) {
+                Ok(child) => made.push(child),
+                Err(error) => {
+                    for child in made {
+                        // It may have ended by itself.
+                        self.kill(child).unwrap_or(());
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// Waits for a child of `parent`, which is what a guest says that it is.
+    fn called(&self, child: Uuid, parent: Uuid) -> Result<Uuid, OwnerError> {
+        self.wait_for(child, PATIENCE)?;
+        let known = self.with(child, |known| known.parent)?;
+        if known == Some(parent) { Ok(child) } else { Err(OwnerError::Unknown(child)) }
+    }
+
+    /// Nobody in the guest is asked or told.
+    fn branch_from_outside(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
         match self.ask(uuid, Request::Branch { children })? {
             Reply::Forked { children } => Ok(children),
             _ => Ok(Vec::new()),

@@ -107,6 +107,7 @@ fn start(
         cwd: config.cwd.clone(),
         group: freezer.as_ref().map(Freezer::processes),
         workload: workload.clone(),
+        libukp: LIBUKP.into(),
         requests: AtomicUsize::new(0),
     });
     listen(server)?;

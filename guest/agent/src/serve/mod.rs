@@ -17,6 +17,7 @@ use guest_wire::{
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
+use crate::cli::{self, CliError};
 use crate::console::{chain, say};
 use crate::fs::Service;
 use crate::processes::since_boot;
@@ -42,6 +43,8 @@ pub struct Server {
     pub group: Option<Arc<File>>,
     /// The workload.
     pub workload: Arc<Mutex<WorkloadState>>,
+    /// Where `/uk/libukp` is mounted.
+    pub libukp: PathBuf,
     /// Requests at this moment.
     pub requests: AtomicUsize,
 }
@@ -127,6 +130,25 @@ impl Server {
             }
             Request::Write { path, mode } => files::write(&connection, &path, mode),
             Request::Read { path } => files::read(&connection, &path),
+            Request::Fork => self.fork(&connection),
+        }
+    }
+
+    /// By the file system, so that it takes its turn among the forks of programs.
+    fn fork(&self, connection: &Connection) -> Result<(), FrameError> {
+        match cli::fork(&self.libukp) {
+            Ok(uuid) => match uuid.parse() {
+                Ok(uuid) => connection.reply(&Reply::Forked { uuid }),
+                Err(_) => connection.fail("fork", &io::Error::from_raw_os_error(libc::EIO)),
+            },
+            Err(error) => {
+                let errno = match &error {
+                    CliError::Io { source, .. } => source.raw_os_error(),
+                    _ => None,
+                };
+                let errno = errno.unwrap_or(libc::EIO);
+                connection.reply(&Reply::Failed { errno, message: chain(&error) })
+            }
         }
     }
 }

@@ -17,6 +17,7 @@ fn server() -> Arc<Server> {
         cwd: "/".into(),
         group: None,
         workload: Arc::new(Mutex::new(WorkloadState::Running { pid: 7 })),
+        libukp: "/no/such/folder".into(),
         requests: AtomicUsize::new(0),
     })
 }
@@ -241,4 +242,13 @@ fn nonsense_is_told() {
     server.accept(theirs.into());
     io::Write::write_all(&mut ours, &[7; 64]).unwrap();
     assert!(matches!(reply(&ours), Reply::Failed { errno: libc::EINVAL, .. }));
+}
+
+#[test]
+fn a_fork_that_fails_says_why() {
+    let Reply::Failed { errno, message } = reply(&ask(&server(), &Request::Fork)) else {
+        panic!("it forked")
+    };
+    assert_eq!(errno, libc::ENOENT);
+    assert!(message.contains("/no/such/folder/fork"), "{message}");
 }
