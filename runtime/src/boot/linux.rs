@@ -7,13 +7,14 @@
 //! ```
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{ErrorKind, Read, Seek};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
 use super::{BootError, acpi};
 use crate::device::ports;
@@ -139,10 +140,19 @@ fn load_kernel(
     low: u64,
 ) -> Result<(u64, u64, setup_header), BootError> {
     let mut file = File::open(path).map_err(read_error(path))?;
-    let mut magic = [0; 4];
-    file.read_exact(&mut magic).map_err(read_error(path))?;
-    file.rewind().map_err(read_error(path))?;
     let size = file.metadata().map_err(read_error(path))?.len();
+    let mut magic = [0; 4];
+    match file.read_exact(&mut magic) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+            return Err(kernel_error(path, "it is no Linux kernel".to_owned()));
+        }
+        read => read.map_err(read_error(path))?,
+    }
+    file.rewind().map_err(read_error(path))?;
+    if let Some(whole) = length_of(&file).filter(|whole| size < *whole) {
+        let text = format!("it is cut off: {size} of {whole} bytes are there; fetch it again");
+        return Err(kernel_error(path, text));
+    }
     let too_small = |end: u64| {
         let text = format!(
             "it needs {} MiB of memory, the machine has {} below 3 GiB; see --memory",
@@ -180,6 +190,17 @@ fn load_kernel(
     Ok((KERNEL + ENTRY_64, end, header))
 }
 
+/// How long a bzImage is, as its header tells: a boot sector and some more (0 stands for 4), and
+/// what is loaded behind them, in units of 16 bytes (Documentation/arch/x86/boot.rst).
+fn length_of(file: &File) -> Option<u64> {
+    let mut header = [0; 0x206];
+    file.read_exact_at(&mut header, 0).ok()?;
+    let (sectors, loaded, magic) =
+        (header[0x1f1], header[0x1f4..].first_chunk()?, &header[0x202..]);
+    let sectors = if sectors == 0 { 4 } else { u64::from(sectors) };
+    (magic == b"HdrS").then(|| (sectors + 1) * 512 + u64::from(u32::from_le_bytes(*loaded)) * 16)
+}
+
 /// Puts the initramfs as high as the kernel takes it. Returns where, and its size.
 fn load_initrd(
     what: &Linux<'_>,
@@ -205,7 +226,12 @@ fn load_initrd(
         return Err(kernel_error(path, text));
     }
     let bytes = usize::try_from(length).unwrap_or(usize::MAX);
-    ram.read_exact_volatile_from(GuestAddress(start), &mut file, bytes)?;
+    ram.read_exact_volatile_from(GuestAddress(start), &mut file, bytes).map_err(
+        |error| match error {
+            GuestMemoryError::IOError(source) => read_error(path)(source),
+            error => error.into(),
+        },
+    )?;
     ram.write_slice(what.initrd_tail, GuestAddress(start + tail_at))?;
     Ok((word(start), word(size)))
 }

@@ -1,7 +1,7 @@
 //! `image`: an initramfs for Linux guests.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,16 +15,37 @@ use super::{print, print_json};
 
 /// How an archive begins that is an image already.
 const MAGIC: &[u8] = b"07070";
+/// The name of the last entry of an archive, and how near to the file's end it lies: archives are
+/// padded to blocks, of 10 KiB where a tape is imitated.
+const TRAILER: &[u8] = b"TRAILER!!!";
+const ARCHIVE_END: u64 = 16 * 1024;
 
 /// The image of `source`, made if need be, and what it runs if it says so.
 pub fn ready(source: &Path) -> Result<(PathBuf, Option<Config>), CliError> {
     let mut begin = [0; MAGIC.len()];
     let made = File::open(source).and_then(|mut file| file.read_exact(&mut begin)).is_ok();
     if made && begin == *MAGIC {
+        if !is_whole(source) {
+            let text =
+                format!("{} is cut off: its end is missing; make it again", source.display());
+            return Err(CliError::usage(text));
+        }
         return Ok((source.to_owned(), None));
     }
     let built = make(&Source::find(source)?, Options::default())?;
     Ok((built.path, built.config))
+}
+
+/// Whether an archive has an end. The kernel would take what there is, and miss a file later.
+fn is_whole(image: &Path) -> bool {
+    let end = File::open(image).and_then(|mut file| {
+        let length = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(ARCHIVE_END)))?;
+        let mut end = Vec::new();
+        file.take(ARCHIVE_END).read_to_end(&mut end)?;
+        Ok(end)
+    });
+    end.is_ok_and(|end| end.windows(TRAILER.len()).any(|window| window == TRAILER))
 }
 
 pub fn run(args: &ImageArgs) -> Result<u8, CliError> {

@@ -25,7 +25,9 @@ pub(super) fn socket(path: &Path) -> Result<OwnedFd, SysError> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .map_err(SysError::new("socket"))?;
-    let address = SocketAddrUnix::new(path).map_err(SysError::new("bind"))?;
+    // There is room for 107 bytes.
+    let long = "binding a socket in so long a path (XDG_RUNTIME_DIR, or /tmp without it)";
+    let address = SocketAddrUnix::new(path).map_err(SysError::new(long))?;
     rustix::net::bind(&socket, &address).map_err(SysError::new("bind"))?;
     rustix::net::listen(&socket, BACKLOG).map_err(SysError::new("listen"))?;
     Ok(socket)

@@ -155,3 +155,63 @@ pub fn a_wrong_elf_is_refused() -> Result<(), Failed> {
     let done = super::tools::Done::of(child)?;
     same(&done.code, &64, &done)
 }
+
+/// What only the header of a kernel is, which says that 16,000 bytes follow.
+fn cut_off() -> Vec<u8> {
+    let mut bytes = vec![0; 0x1000];
+    bytes[0x1f1] = 1;
+    bytes[0x1f4..0x1f6].copy_from_slice(&1000_u16.to_le_bytes());
+    bytes[0x1fe..0x206].copy_from_slice(b"\x55\xaa\xeb\x66HdrS");
+    bytes
+}
+
+/// Each is one line, and leaves nothing.
+pub fn a_linux_guest_that_cannot_boot_is_refused() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let file = |name: &str, bytes: &[u8]| -> Result<String, Failed> {
+        let path = folder.0.join(name);
+        std::fs::write(&path, bytes)?;
+        Ok(path.display().to_string())
+    };
+    let (text, empty) =
+        (file("text", b"no kernel, but text, and long enough")?, file("empty", b"")?);
+    let (cut, cut_image) = (file("cut", &cut_off())?, file("image", b"070701 and no end")?);
+    let whole_image = file("whole", b"070701 TRAILER!!!")?;
+    let large = folder.0.join("large").display().to_string();
+    std::fs::File::create(&large)?.set_len(300 << 20)?;
+    let elf = guest(&folder, CRASHES, &STATIC)?;
+    let long = "x".repeat(17_000);
+    let (line, memory) = (&long[..3000], ["--memory", "64M"]);
+    for (words, expected) in [
+        (&["--kernel", &text][..], "cannot boot"),
+        (&["--kernel", &empty], "it is no Linux kernel"),
+        (&["--kernel", &cut], "it is cut off: 4096 of 17024 bytes are there"),
+        (&["--kernel", "/nowhere"], "cannot read /nowhere"),
+        (&["--kernel", "/"], "cannot read /"),
+        (&["--kernel", &elf, "--initrd", "/"], "cannot read /"),
+        (&["--kernel", &elf, "--initrd", &large], "see --memory"),
+        (&["--kernel", &elf, "--cmdline", line], "3000 bytes, 2047 are allowed"),
+        (&["--kernel", &elf, "--image", &cut_image], "image is cut off"),
+        (&["--kernel", &elf, "--image", &whole_image, "--", &long], "longer than 16384 bytes"),
+    ] {
+        let done = folder.done(&[&["run"], &memory[..], words].concat())?;
+        same(&done.code, &64, &(words, &done))?;
+        same(&done.err.lines().count(), &1, &(words, &done))?;
+        holds(done.err.starts_with("error: ") && done.err.contains(expected), &(words, &done))?;
+        same(&folder.owners(), &0, &"an owner's folder was left")?;
+    }
+    Ok(())
+}
+
+/// Sockets have short names.
+pub fn a_folder_with_too_long_a_name_is_refused() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let deep = folder.0.join("x".repeat(100));
+    std::fs::create_dir(&deep)?;
+    let mut command = folder.runtime(&["run", "--bare"]);
+    command.env("XDG_RUNTIME_DIR", &deep).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let done = super::tools::Done::of(command.spawn()?)?;
+    same(&done.err.lines().count(), &1, &done)?;
+    holds(done.code != 0 && done.err.contains("XDG_RUNTIME_DIR"), &done)?;
+    same(&std::fs::read_dir(deep.join("ukp"))?.count(), &0, &"a folder was left")
+}

@@ -30,6 +30,8 @@ const DIRECT: &[(&str, Test)] = &[
     ("events_come_as_json", guest::events_come_as_json),
     ("a_crash_has_its_own_code", guest::a_crash_has_its_own_code),
     ("a_wrong_elf_is_refused", guest::a_wrong_elf_is_refused),
+    ("a_linux_guest_that_cannot_boot_is_refused", guest::a_linux_guest_that_cannot_boot_is_refused),
+    ("a_folder_with_too_long_a_name_is_refused", guest::a_folder_with_too_long_a_name_is_refused),
     ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
     ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),
     ("stats_and_trace_show_what_the_probes_saw", tree::stats_and_trace_show_what_the_probes_saw),
