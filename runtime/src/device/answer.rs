@@ -74,6 +74,10 @@ impl Answer {
     /// Fills `data` with the next words; zeroes behind the last.
     pub fn read(&mut self, data: &mut [u8]) {
         for chunk in data.chunks_mut(4) {
+            if self.next == answer::REALTIME_NS {
+                // A child may have waited for a processor since its answer was made.
+                put_u64(&mut self.words, answer::REALTIME_NS, realtime_ns());
+            }
             let mut words = self.words.iter().chain(&self.children);
             let word = words.nth(self.next).copied().unwrap_or(0).to_le_bytes();
             for (to, from) in chunk.iter_mut().zip(word) {

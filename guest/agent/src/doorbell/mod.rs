@@ -3,6 +3,7 @@
 pub mod ports;
 
 use std::io;
+use std::time::Instant;
 
 use guest_abi::port::answer;
 use uuid::Uuid;
@@ -72,8 +73,10 @@ pub struct Identity {
     pub generation: u64,
     /// Fresh random bytes.
     pub entropy: [u8; 32],
-    /// Wall clock of the host, in nanoseconds since the epoch.
+    /// Wall clock of the host when the answer was read, in nanoseconds since the epoch.
     pub realtime_ns: u64,
+    /// When that was, by the clock of this machine: what has to be done first takes its time.
+    pub read: Instant,
 }
 
 impl Outcome {
@@ -94,6 +97,7 @@ impl Outcome {
             generation: u64::from_le_bytes(part(&bytes, answer::GENERATION)),
             entropy: part(&bytes, answer::ENTROPY),
             realtime_ns: u64::from_le_bytes(part(&bytes, answer::REALTIME_NS)),
+            read: Instant::now(),
         })
     }
 }

@@ -67,7 +67,9 @@ impl Renew for Machine {
         let step = |step| move |source| RenewError { step, source };
         random::credit(&self.random, &identity.entropy).map_err(step("credit entropy"))?;
         random::reseed(&self.random).map_err(step("reseed the random number generator"))?;
-        clock_settime(ClockId::Realtime, timespec(identity.realtime_ns))
+        let passed = u64::try_from(identity.read.elapsed().as_nanos()).unwrap_or(0);
+        let now = timespec(identity.realtime_ns.saturating_add(passed));
+        clock_settime(ClockId::Realtime, now)
             .map_err(|errno| step("set the wall clock")(errno.into()))?;
         let generation = format!("{}\n", identity.generation);
         replace(&self.generation, generation.as_bytes(), 0o644)
