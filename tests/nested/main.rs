@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
-use tests::nested::{self, LinuxGuest, Program};
+use tests::image;
+use tests::nested::{self, Program};
 
 mod forks;
 mod linux;
@@ -20,7 +21,7 @@ const INSIDE: &str = "UKP_INSIDE";
 /// Begins the line that says what became of a test.
 const TOLD: &str = "@ukp-test ";
 /// How long the host may take, boot and all tests.
-const LIMIT: Duration = Duration::from_mins(5);
+const LIMIT: Duration = Duration::from_mins(7);
 
 /// A test that runs inside.
 type Inside = (&'static str, fn() -> Result<()>);
@@ -35,7 +36,7 @@ fn main() {
         return inside(&wanted);
     }
     let arguments = Arguments::from_args();
-    let missing = nested::missing();
+    let missing = nested::missing().or_else(image::missing);
     if let Some(missing) = &missing {
         eprintln!("the nested tests are ignored: {missing}");
     }
@@ -94,52 +95,59 @@ fn folders(prefix: &str) -> Result<usize> {
     Ok(all.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)).count())
 }
 
-/// What became of the tests, by name; or why nothing did.
-type Results = Result<BTreeMap<String, Result<(), String>>, String>;
+/// What became of the tests, by name, and why the host did not come to the end of them.
+#[derive(Default)]
+struct Results {
+    told: BTreeMap<String, Result<(), String>>,
+    error: Option<String>,
+}
 
 fn result(results: &Results, name: &str) -> Result<(), Failed> {
-    match results {
-        Err(error) => Err(error.into()),
-        Ok(results) => match results.get(name) {
-            None => Err("the host ended before it said what became of it".into()),
-            Some(result) => result.clone().map_err(Failed::from),
-        },
+    match (results.told.get(name), &results.error) {
+        (Some(result), _) => result.clone().map_err(Failed::from),
+        (None, Some(error)) => Err(error.into()),
+        (None, None) => Err("the host ended before it said what became of it".into()),
     }
 }
 
 /// Runs all tests in a host.
 fn outside(wanted: &[&str]) -> Results {
-    run(wanted).map_err(|error| format!("{error:#}"))
+    let mut results = Results::default();
+    let error = run(wanted, &mut results.told).err();
+    results.error = error.map(|error| format!("{error:#}"));
+    results
 }
 
-fn run(wanted: &[&str]) -> Result<BTreeMap<String, Result<(), String>>> {
-    let guest = LinuxGuest::new(linux::INIT)?;
+fn run(wanted: &[&str], told: &mut BTreeMap<String, Result<(), String>>) -> Result<()> {
+    let guest = linux::image()?;
     let program = Program {
         name: "tests".to_owned(),
         path: std::env::current_exe()?,
         arguments: Vec::new(),
         environment: vec![(INSIDE.to_owned(), wanted.join(","))],
-        files: guest.files(),
+        files: vec![("vmlinuz".to_owned(), guest.kernel), ("image".to_owned(), guest.path)],
     };
-    let ended = nested::run(&[program], LIMIT, |line| eprintln!("nested: {line}"))?;
-    let output = &ended.first().context("no program ran")?.output;
-    let told = output.iter().filter_map(|line| line.strip_prefix(TOLD));
-    Ok(told
-        .filter_map(|line| {
-            let (name, what) = line.split_once(' ')?;
+    let begin = Instant::now();
+    nested::run(&[program], LIMIT, |line| {
+        eprintln!("nested: {line}");
+        if let Some((name, what)) = line.strip_prefix(TOLD).and_then(|line| line.split_once(' ')) {
             let result = if what == "ok" { Ok(()) } else { Err(what.to_owned()) };
-            Some((name.to_owned(), result))
-        })
-        .collect())
+            told.insert(name.to_owned(), result);
+        }
+    })?;
+    eprintln!("nested: all of it took {:.0} s", begin.elapsed().as_secs_f64());
+    Ok(())
 }
 
 fn inside(wanted: &str) {
     let wanted: Vec<&str> = wanted.split(',').collect();
     for (name, body) in cases().into_iter().filter(|(name, _)| wanted.contains(name)) {
+        let begin = Instant::now();
         let what = match body() {
             Ok(()) => "ok".to_owned(),
             Err(error) => format!("{error:#}").replace('\n', " | "),
         };
+        println!("{name} took {:.1} s", begin.elapsed().as_secs_f64());
         println!("\n{TOLD}{name} {what}");
     }
 }

@@ -307,41 +307,6 @@ fn pack(root: &Path, packed: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A Linux guest to run there: Debian's kernel and an initramfs with busybox, whose init is this
-/// shell script. They go with this value.
-#[derive(Debug)]
-pub struct LinuxGuest(Folder);
-
-impl LinuxGuest {
-    /// Makes one.
-    ///
-    /// # Errors
-    ///
-    /// What could not be made.
-    pub fn new(init: &str) -> Result<Self> {
-        let folder = Folder::new()?;
-        let root = folder.0.join("root");
-        for name in ["bin", "proc", "sys", "dev", "tmp"] {
-            fs::create_dir_all(root.join(name))?;
-        }
-        fs::copy(busybox().context("no busybox")?, root.join("bin/busybox"))?;
-        let file = root.join("init");
-        fs::write(&file, init)?;
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
-        pack(&root, &folder.0.join("guest.gz"))?;
-        Ok(Self(folder))
-    }
-
-    /// Its files, by name.
-    #[must_use]
-    pub fn files(&self) -> Vec<(String, PathBuf)> {
-        vec![
-            ("vmlinuz".to_owned(), kernel_folder().join("vmlinuz")),
-            ("guest.gz".to_owned(), self.0.0.join("guest.gz")),
-        ]
-    }
-}
-
 fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
     let output = Command::new("ldd").arg(program).output()?;
     // A static program has none, and ldd says so with an error.

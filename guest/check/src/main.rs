@@ -1,0 +1,56 @@
+//! `ukp-check`: asks of `/uk/libukp` what no shell can, for the nested tests, which pack it into
+//! their images.
+//!
+//! ```text
+//!  clock         the clocks, in nanoseconds
+//!  forks N       N threads fork at the same time, each by a file of its own
+//!  handles UUID  forks with files of that child open; what they say in the new child
+//!  poll UUID     open files and poll(2) until that child has stopped
+//!  load SECONDS  memory, registers and a pipe are worked with, and are right in every machine
+//! ```
+//!
+//! What it finds are lines `@name value`: on its output, and in a machine that became a child
+//! meanwhile on the console, after which the machine ends with code 0.
+
+mod files;
+mod load;
+mod say;
+mod threads;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use rustix::time::{ClockId, clock_gettime};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ukp-check: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let verb = arguments.next().context("what?")?;
+    let value = arguments.next().unwrap_or_default();
+    match verb.as_str() {
+        "clock" => clock(),
+        "forks" => threads::forks(value.parse().context("how many threads?")?),
+        "handles" => files::handles(&value),
+        "poll" => files::poll_until_stopped(&value),
+        "load" => load::work(value.parse().context("how many seconds?")?),
+        _ => bail!("no such check: {verb}"),
+    }
+}
+
+fn clock() -> Result<()> {
+    let ns = |id| {
+        let time = clock_gettime(id);
+        time.tv_sec * 1_000_000_000 + time.tv_nsec
+    };
+    let (real, monotonic) = (ns(ClockId::Realtime), ns(ClockId::Monotonic));
+    say::here(&[("clock", format!("{real} {monotonic}"))])
+}

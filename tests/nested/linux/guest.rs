@@ -1,0 +1,266 @@
+//! The guests of the tests, and how they are asked.
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use guest_image::Built;
+use runtime::agent::{Agent, Command, Said, socket_of};
+use runtime::owner::Owner;
+use runtime::proto::InstanceConfig;
+use serde_json::json;
+use tests::image::{self, File};
+use tests::nested::FILES;
+use uuid::Uuid;
+
+/// What a machine reads that is a child.
+pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
+/// How long anything may take: guest and its kernel are emulated twice, on a shared machine.
+pub const LONG: Duration = Duration::from_secs(60);
+/// The program that makes system calls no shell makes.
+static CHECK: &[u8] = include_bytes!(env!("UKP_CHECK"));
+/// Waits for an exit code, and ends with it.
+const WORKLOAD: &str = "mkfifo /run/end; read code < /run/end; exit $code";
+
+/// The image of both guests.
+pub fn image() -> Result<Built> {
+    let check = File { path: "bin/ukp-check", bytes: CHECK, mode: 0o755 };
+    let machine_id = File { path: "etc/machine-id", bytes: &[b'0'; 33], mode: 0o644 };
+    image::busybox(&[check, machine_id], &[])
+}
+
+/// A guest and what it forks.
+pub struct Guest {
+    pub owner: Owner,
+    pub root: Uuid,
+}
+
+type Slot = Mutex<Option<Result<Arc<Guest>, String>>>;
+
+static ONE: Slot = Mutex::new(None);
+static TWO: Slot = Mutex::new(None);
+
+fn lock(slot: &'static Slot) -> MutexGuard<'static, Option<Result<Arc<Guest>, String>>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn held(slot: &'static Slot, boot: fn() -> Result<Guest>) -> Result<Arc<Guest>> {
+    let booted = || boot().map(Arc::new).map_err(|error| format!("the guest: {error:#}"));
+    lock(slot).get_or_insert_with(booted).clone().map_err(anyhow::Error::msg)
+}
+
+/// The guest with one vCPU.
+pub fn one() -> Result<Arc<Guest>> {
+    held(&ONE, || Guest::boot(InstanceConfig::default(), &json!({ "hostname": "node-{uuid}" })))
+}
+
+/// The guest with two vCPUs, where two threads run at the same time.
+pub fn two() -> Result<Arc<Guest>> {
+    held(&TWO, || {
+        // Not as a real-time thread: a vCPU that waits in the fork path would keep the other from
+        // the only processor.
+        let config = InstanceConfig { vcpus: 2, realtime: false, ..<_>::default() };
+        Guest::boot(config, &json!({ "fork_queue": 1, "retention_s": 3 }))
+    })
+}
+
+/// Ends both; returns their folders.
+pub fn end_all() -> Vec<PathBuf> {
+    let guests = [&ONE, &TWO].into_iter().filter_map(|slot| lock(slot).take()?.ok());
+    guests.map(|guest| guest.owner.folder().to_owned()).collect()
+}
+
+/// What a program has said.
+#[derive(Debug, Default)]
+pub struct Output {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Guest {
+    fn boot(config: InstanceConfig, more: &serde_json::Value) -> Result<Self> {
+        let owner = Owner::new()?;
+        let begin = Instant::now();
+        let mut init = json!({ "argv": ["/bin/sh", "-c", WORKLOAD] });
+        for (name, value) in more.as_object().into_iter().flatten() {
+            init[name] = value.clone();
+        }
+        let file = |name: &str| Path::new(FILES).join(name);
+        let vcpus = config.vcpus;
+        let root = owner.start(InstanceConfig {
+            memory_mib: 192,
+            kernel: file("vmlinuz"),
+            initrd: file("image"),
+            initrd_tail: config_archive(&init)?,
+            cmdline: "console=ttyS0 quiet panic=-1 rdinit=/.uk/init".to_owned(),
+            ..config
+        })?;
+        let guest = Self { owner, root };
+        guest.ready(root)?;
+        println!("Linux with {vcpus} vCPU: its agent answers after {:?}", begin.elapsed());
+        Ok(guest)
+    }
+
+    /// Waits until the agent of an instance answers with its UUID; returns its generation.
+    pub fn ready(&self, instance: Uuid) -> Result<u64> {
+        self.owner.wait_for(instance, LONG)?;
+        let end = Instant::now() + LONG;
+        loop {
+            match self.agent(instance).and_then(|agent| Ok(agent.ping()?)) {
+                Ok((uuid, generation)) if uuid == instance => return Ok(generation),
+                Ok((uuid, _)) => bail!("{instance} answers as {uuid}"),
+                Err(error) => {
+                    let exit = self.owner.with(instance, |known| known.exit.clone())?;
+                    if exit.is_some() || Instant::now() > end {
+                        let said = self.console(instance)?;
+                        let last: Vec<&str> = said.lines().rev().take(20).collect();
+                        bail!("{error:#}; exit {exit:?}; its console, last line first: {last:#?}");
+                    }
+                }
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// A connection to the agent of an instance.
+    pub fn agent(&self, instance: Uuid) -> Result<Agent> {
+        Ok(Agent::connect(&socket_of(self.owner.folder(), instance))?)
+    }
+
+    /// Runs a program; without input, unless `input` gives some.
+    pub fn run(&self, instance: Uuid, command: &Command, input: &[u8]) -> Result<Output> {
+        let mut running = self.agent(instance)?.exec(command)?;
+        let mut to = running.input()?;
+        if !input.is_empty() {
+            to.send(input)?;
+        }
+        to.send(&[])?;
+        let (sender, heard) = channel();
+        std::thread::spawn(move || {
+            // Nobody waits any more, otherwise.
+            sender.send(listen(&mut || Ok(running.hear()?))).unwrap_or(());
+        });
+        heard
+            .recv_timeout(LONG)
+            .map_err(|_| anyhow!("{:?} does not end in {instance}", command.argv))?
+    }
+
+    /// What a script writes; it must end well.
+    pub fn sh(&self, instance: Uuid, script: &str) -> Result<String> {
+        let output = self.run(instance, &shell(script), &[])?;
+        ensure!(output.code == 0, "{script:?} ended with {}: {output:?}", output.code);
+        Ok(output.out)
+    }
+
+    /// Starts a script; the receiver has what becomes of it. `line` is told each `@name` line when it
+    /// comes.
+    pub fn start(
+        &self,
+        instance: Uuid,
+        script: &str,
+        line: Sender<String>,
+    ) -> Result<Receiver<Result<Output>>> {
+        let mut running = self.agent(instance)?.exec(&shell(script))?;
+        running.input()?.send(&[])?;
+        let (sender, ended) = channel();
+        std::thread::spawn(move || {
+            let mut hear = || {
+                let said = running.hear()?;
+                if let Said::Out(bytes) = &said {
+                    for told in String::from_utf8_lossy(bytes).lines() {
+                        line.send(told.to_owned()).unwrap_or(());
+                    }
+                }
+                Ok(said)
+            };
+            sender.send(listen(&mut hear)).unwrap_or(());
+        });
+        Ok(ended)
+    }
+
+    /// What an instance has written to its console.
+    pub fn console(&self, instance: Uuid) -> Result<String> {
+        let bytes = self.owner.with(instance, |known| known.console.clone())?;
+        Ok(String::from_utf8_lossy(&bytes).replace('\r', ""))
+    }
+
+    /// Waits until an instance has ended; its exit code and what is on its console.
+    pub fn end_of(&self, instance: Uuid) -> Result<(i32, String)> {
+        self.owner.wait_for(instance, LONG)?;
+        let (code, _) = self.owner.wait_exit(instance, LONG)?;
+        Ok((code, self.console(instance)?))
+    }
+
+    /// Forks from inside, by a shell that exists in the child no longer; returns the child, whose
+    /// agent answers.
+    pub fn fork(&self) -> Result<Uuid> {
+        let script = "echo 1 > /uk/libukp/fork; cat /uk/libukp/fork";
+        let child = self.sh(self.root, script)?.trim().parse().context("the UUID of a child")?;
+        self.ready(child)?;
+        Ok(child)
+    }
+
+    /// Ends an instance by `ukp exit`.
+    pub fn exit(&self, instance: Uuid, code: u8) -> Result<()> {
+        // The machine may be gone before it can tell how the command ended.
+        let asked = self.sh(instance, &format!("ukp exit {code}"));
+        let (ended, _) = self.end_of(instance)?;
+        ensure!(ended == i32::from(code), "ended with {ended} instead of {code}: {asked:?}");
+        Ok(())
+    }
+}
+
+fn listen(hear: &mut dyn FnMut() -> Result<Said>) -> Result<Output> {
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    loop {
+        match hear()? {
+            Said::Out(bytes) => out.extend(bytes),
+            Said::Err(bytes) => err.extend(bytes),
+            Said::Exited(code) => return Ok(Output { code, out: text(&out), err: text(&err) }),
+        }
+    }
+}
+
+/// A script for the guest's shell.
+pub fn shell(script: &str) -> Command {
+    let argv = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
+    Command { argv, ..Command::default() }
+}
+
+/// The value of the line `@name value`.
+pub fn told<'a>(text: &'a str, name: &str) -> Result<&'a str> {
+    let mut values = text.lines().filter_map(|line| {
+        let (found, value) = line.strip_prefix('@')?.split_once(' ')?;
+        (found == name).then_some(value.trim())
+    });
+    values.next().with_context(|| format!("nobody told {name:?}: {text:?}"))
+}
+
+/// Checks several such lines.
+pub fn all_told(text: &str, expected: &[(&str, &str)]) -> Result<()> {
+    for (name, value) in expected {
+        let found = told(text, name)?;
+        ensure!(found == *value, "{name} is {found:?} instead of {value:?}: {text:?}");
+    }
+    Ok(())
+}
+
+/// The host's wall clock.
+pub fn since_epoch() -> Result<Duration> {
+    Ok(std::time::SystemTime::UNIX_EPOCH.elapsed()?)
+}
+
+/// An archive behind the image, with what init is to do.
+fn config_archive(config: &serde_json::Value) -> Result<Vec<u8>> {
+    let json = config.to_string();
+    let entry = cpio::NewcBuilder::new(".uk/config.json").mode(0o100_644);
+    let input = [(entry, Cursor::new(json.into_bytes()))];
+    let mut archive = cpio::write_cpio(input.into_iter(), Vec::new())?;
+    archive.resize(archive.len().next_multiple_of(512), 0);
+    Ok(archive)
+}
