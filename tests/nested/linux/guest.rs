@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use guest_image::Built;
 use runtime::agent::{Agent, Command, Said, socket_of};
 use runtime::owner::Owner;
@@ -133,6 +133,23 @@ impl Guest {
 
     /// Runs a program; without input, unless `input` gives some.
     pub fn run(&self, instance: Uuid, command: &Command, input: &[u8]) -> Result<Output> {
+        if let Some(output) = self.run_for(LONG, instance, command, input)? {
+            return Ok(output);
+        }
+        let argv = &command.argv;
+        let list = shell("ps -o pid,stat,etime,args | grep -v '\\['");
+        let seen = self.run_for(Duration::from_secs(20), instance, &list, &[]);
+        let console = self.console(instance)?;
+        bail!("{argv:?} does not end in {instance}; there run: {seen:?}; its console: {console}")
+    }
+
+    fn run_for(
+        &self,
+        limit: Duration,
+        instance: Uuid,
+        command: &Command,
+        input: &[u8],
+    ) -> Result<Option<Output>> {
         let mut running = self.agent(instance)?.exec(command)?;
         let mut to = running.input()?;
         if !input.is_empty() {
@@ -144,9 +161,7 @@ impl Guest {
             // Nobody waits any more, otherwise.
             sender.send(listen(&mut || Ok(running.hear()?))).unwrap_or(());
         });
-        heard
-            .recv_timeout(LONG)
-            .map_err(|_| anyhow!("{:?} does not end in {instance}", command.argv))?
+        heard.recv_timeout(limit).ok().transpose()
     }
 
     /// What a script writes; it must end well.
