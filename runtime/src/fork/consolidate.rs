@@ -85,6 +85,9 @@ fn ended(process: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
+/// How far the writer of an image stands back: a tenth of the share of others.
+const NICE: i32 = 10;
+
 /// Forks the process that writes the new image, if there is memory for it.
 fn begin(womb: &Womb) -> Result<Option<UnderWay>, MemoryError> {
     let (Some(mapping), Some(old)) = (&womb.mapping, &womb.image) else { return Ok(None) };
@@ -108,8 +111,9 @@ fn begin(womb: &Womb) -> Result<Option<UnderWay>, MemoryError> {
             let keep = [image.file().as_raw_fd(), old.file().as_raw_fd()];
             // SAFETY: only the two images are used from here on.
             unsafe { sys::close_all_but(&keep) };
-            // Nobody waits for it.
-            sys::set_policy(sys::Policy::Idle).unwrap_or(());
+            // Nobody waits for it, but for the locks of shared memory that it holds in the kernel:
+            // under SCHED_IDLE a busy host would not let it give them back, nor end, for seconds.
+            rustix::process::nice(NICE).map(drop).unwrap_or(());
             let written = write(&image, mapping, old, womb.owned.as_ref());
             let sealed = written.and_then(|()| image.seal());
             std::process::exit(i32::from(sealed.is_err()))

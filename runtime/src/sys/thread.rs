@@ -80,8 +80,6 @@ pub enum Policy {
     Realtime,
     /// `SCHED_OTHER`.
     Normal,
-    /// `SCHED_IDLE`: only where nobody else wants to run.
-    Idle,
 }
 
 /// Puts the calling thread under `policy`.
@@ -93,7 +91,6 @@ pub fn set_policy(policy: Policy) -> Result<(), SysError> {
     let (policy, sched_priority) = match policy {
         Policy::Realtime => (libc::SCHED_FIFO, 1),
         Policy::Normal => (libc::SCHED_OTHER, 0),
-        Policy::Idle => (libc::SCHED_IDLE, 0),
     };
     let param = libc::sched_param { sched_priority };
     // SAFETY: `param` is a valid sched_param and thread 0 is the caller.
