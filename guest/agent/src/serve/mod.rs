@@ -137,7 +137,7 @@ impl Server {
     /// By the file system, so that it takes its turn among the forks of programs.
     fn fork(&self, connection: &Connection) -> Result<(), FrameError> {
         match cli::fork(&self.libukp) {
-            Ok(uuid) => match uuid.parse() {
+            Ok((uuid, _)) => match uuid.parse() {
                 Ok(uuid) => connection.reply(&Reply::Forked { uuid }),
                 Err(_) => connection.fail("fork", &io::Error::from_raw_os_error(libc::EIO)),
             },
