@@ -95,8 +95,8 @@ struct Guest {
 const COMMAND_MOST: usize = 16 * 1024;
 
 /// Kernel parameters of an image: where its console is, that it says what is wrong and no more, that
-/// a panic is its end, and who is its first process.
-const IMAGE_CMDLINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/.uk/init";
+/// a panic is its end, that there is no PCI (it complains otherwise), and who is its first process.
+const IMAGE_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off rdinit=/.uk/init";
 
 fn guest(args: &RunArgs) -> Result<Guest, CliError> {
     let Some(source) = &args.image else {
