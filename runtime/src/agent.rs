@@ -19,7 +19,7 @@ use uuid::Uuid;
 /// How long an agent may take to say that it is there.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a fork may take, which may have to wait for others.
-const FORK: Duration = Duration::from_secs(60);
+const FORK: Duration = Duration::from_mins(1);
 /// Bytes of a file in one frame.
 const PIECE: usize = 32 * 1024;
 /// Longest answer to `CONNECT`.

@@ -49,7 +49,9 @@ pub fn again(mut file: &fs::File) -> io::Result<String> {
 }
 
 fn lines(found: &[(&str, String)]) -> String {
-    found.iter().map(|(name, value)| format!("@{name} {value}\n")).collect()
+    let lines: Vec<String> =
+        found.iter().map(|(name, value)| format!("@{name} {value}\n")).collect();
+    lines.concat()
 }
 
 /// Says it on the output.

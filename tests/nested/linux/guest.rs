@@ -19,7 +19,7 @@ use uuid::Uuid;
 /// What a machine reads that is a child.
 pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
 /// How long anything may take: guest and its kernel are emulated twice, on a shared machine.
-pub const LONG: Duration = Duration::from_secs(60);
+pub const LONG: Duration = Duration::from_mins(1);
 /// The program that makes system calls no shell makes.
 static CHECK: &[u8] = include_bytes!(env!("UKP_CHECK"));
 /// Waits for an exit code, and ends with it.
