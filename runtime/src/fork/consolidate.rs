@@ -113,7 +113,7 @@ fn begin(womb: &Womb) -> Result<Option<UnderWay>, MemoryError> {
             unsafe { sys::close_all_but(&keep) };
             // Nobody waits for it, but for the locks of shared memory that it holds in the kernel:
             // under SCHED_IDLE a busy host would not let it give them back, nor end, for seconds.
-            rustix::process::nice(NICE).map(drop).unwrap_or(());
+            rustix::process::nice(NICE).unwrap_or(0);
             let written = write(&image, mapping, old, womb.owned.as_ref());
             let sealed = written.and_then(|()| image.seal());
             std::process::exit(i32::from(sealed.is_err()))
