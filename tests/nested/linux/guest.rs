@@ -22,6 +22,10 @@ pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
 pub const LONG: Duration = Duration::from_mins(1);
 /// The program that makes system calls no shell makes.
 static CHECK: &[u8] = include_bytes!(env!("UKP_CHECK"));
+/// Lists processes, and where in the kernel each of them is.
+const LIST: &str = r#"cat /proc/uptime; for p in /proc/[0-9]*; do
+    line=$(tr '\0' ' ' < $p/cmdline); [ -n "$line" ] && echo $p in $(cat $p/wchan): $line
+done"#;
 /// Waits for an exit code, and ends with it.
 const WORKLOAD: &str = "mkfifo /run/end; read code < /run/end; exit $code";
 
@@ -137,7 +141,7 @@ impl Guest {
             return Ok(output);
         }
         let argv = &command.argv;
-        let list = shell("ps -o pid,stat,etime,args | grep -v '\\['");
+        let list = shell(LIST);
         let seen = self.run_for(Duration::from_secs(20), instance, &list, &[]);
         let console = self.console(instance)?;
         bail!("{argv:?} does not end in {instance}; there run: {seen:?}; its console: {console}")

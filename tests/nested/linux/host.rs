@@ -72,7 +72,7 @@ fn terminal() -> Result<()> {
 
 fn copies() -> Result<()> {
     let guest = one()?;
-    let bytes: Vec<u8> = (0..100_000_u32).flat_map(|n| n.to_le_bytes()).take(200_001).collect();
+    let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).take(200_001).collect();
     guest.agent(guest.root)?.write("/tmp/copy", 0o750, &mut bytes.as_slice())?;
     let mut found = 0;
     let read = guest.agent(guest.root)?.read("/tmp/copy", |mode| {
@@ -103,7 +103,7 @@ fn console() -> Result<()> {
 /// Memory, a process that counts, and the time since the boot.
 fn branched() -> Result<()> {
     let guest = one()?;
-    let count = "mkfifo /tmp/ask; (i=0; while read line < /tmp/ask; do i=$((i+1)); echo $i > /tmp/count; done) > /dev/null 2>&1 &";
+    let count = "mkfifo /tmp/ask; exec 3<>/tmp/ask; (i=0; while read line <&3; do i=$((i+1)); echo $i > /tmp/count; done) > /dev/null 2>&1 &";
     guest.sh(guest.root, count)?;
     let next = "echo > /tmp/ask; sleep 1; cat /tmp/count";
     ensure!(guest.sh(guest.root, next)? == "1\n", "the first");
