@@ -47,7 +47,7 @@ fn three_fork() -> Result<Threads> {
     let root = guest.root;
     // Arming is not to take that long too.
     guest.owner.ask(root, Request::Standbys { count: 1 })?;
-    let slow = |step| Request::Fault { step, errno: FAULT_DELAY, delay_us: 1_500_000 };
+    let slow = |step| Request::Fault { step, errno: FAULT_DELAY, delay_us: 4_000_000 };
     guest.owner.ask(root, slow(Some(Step::Take)))?;
     let said = guest.sh(root, "ukp-check forks 3");
     guest.owner.ask(root, slow(None))?;
