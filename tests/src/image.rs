@@ -2,12 +2,13 @@
 //!
 //! It is packed as an archive without times, so that the same image is made once on each machine.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use guest_image::{Built, Options, Source};
 use tar::{Builder, EntryType, Header};
+
+use crate::nested::busybox as busybox_program;
 
 /// A file of an image.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +24,7 @@ pub struct File<'a> {
 /// What is missing for [`busybox`], and what to do.
 #[must_use]
 pub fn missing() -> Option<String> {
-    let Some(_) = program() else {
+    let Some(_) = busybox_program() else {
         return Some("a static busybox is not there; ./just installs it".to_owned());
     };
     guest_image::kernel_dir().err().map(|error| error.to_string())
@@ -35,7 +36,7 @@ pub fn missing() -> Option<String> {
 ///
 /// What [`missing`] tells, and what goes wrong in writing.
 pub fn busybox(files: &[File<'_>], command: &[&str]) -> Result<Built> {
-    let program = program().context("a static busybox is not there")?;
+    let program = busybox_program().context("a static busybox is not there")?;
     let bytes = std::fs::read(&program).context("reading busybox")?;
     let listed = Command::new(&program).arg("--list").output().context("asking busybox")?;
     ensure!(listed.status.success(), "busybox --list: {}", listed.status);
@@ -47,10 +48,6 @@ pub fn busybox(files: &[File<'_>], command: &[&str]) -> Result<Built> {
     let command = Some(command.as_slice()).filter(|command| !command.is_empty());
     let options = Options { command, ..Options::default() };
     guest_image::build(&Source::Tar(source.path().to_owned()), &options).context("an image")
-}
-
-fn program() -> Option<PathBuf> {
-    ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from).find(|path| path.exists())
 }
 
 fn pack<'a>(

@@ -82,18 +82,14 @@ fn in_path(program: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
-fn busybox() -> Option<PathBuf> {
+/// The static busybox of this machine.
+pub(crate) fn busybox() -> Option<PathBuf> {
     ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from).find(|path| path.exists())
 }
 
 fn kernel_folder() -> PathBuf {
-    let fetched = || {
-        let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-        let caches = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or(home);
-        caches.unwrap_or_default().join("ukp-runtime")
-    };
-    let cache = std::env::var_os("UKP_CACHE").map_or_else(fetched, PathBuf::from);
-    cache.join("nested-kernel")
+    // Without one the files in it are told to be missing.
+    guest_image::cache_dir().unwrap_or_default().join("nested-kernel")
 }
 
 /// Boots a host, runs the programs in it one after the other, and passes on each line of output as

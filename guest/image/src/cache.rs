@@ -44,6 +44,10 @@ pub struct Facts {
 }
 
 /// The folder for everything that is kept: `UKP_CACHE`, or `ukp-runtime` in the user's cache.
+///
+/// # Errors
+///
+/// That neither it nor a home is known.
 pub fn folder() -> Result<PathBuf, ImageError> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let folder = set("UKP_CACHE")

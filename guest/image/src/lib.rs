@@ -45,6 +45,7 @@ use content::{Spool, Stamp};
 use kernel::Module;
 use tree::{Kind, ROOT, Tree};
 
+pub use cache::folder as cache_dir;
 pub use error::{EntryError, ImageError};
 pub use kernel::kernel_dir;
 pub use own::{Config, config_segment};

@@ -31,14 +31,16 @@ fn ask(server: &Arc<Server>, request: &Request) -> UnixStream {
 }
 
 fn program(script: &str) -> Request {
-    let argv = ["sh", "-c", script].map(String::from).to_vec();
-    Request::Exec { argv, env: BTreeMap::new(), cwd: None, tty: None }
+    exec(script, None, None)
 }
 
 fn on_terminal(script: &str) -> Request {
-    let Request::Exec { argv, .. } = program(script) else { unreachable!() };
-    let tty = Some(Terminal { rows: 30, cols: 90 });
-    Request::Exec { argv, env: BTreeMap::new(), cwd: Some("/tmp".into()), tty }
+    exec(script, Some("/tmp".into()), Some(Terminal { rows: 30, cols: 90 }))
+}
+
+fn exec(script: &str, cwd: Option<String>, tty: Option<Terminal>) -> Request {
+    let argv = ["sh", "-c", script].map(String::from).to_vec();
+    Request::Exec { argv, env: BTreeMap::new(), cwd, tty }
 }
 
 /// Output, error output and the last message.

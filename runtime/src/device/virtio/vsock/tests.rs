@@ -88,17 +88,8 @@ impl Guest {
         let events = DriverQueue::new(2, 16, &[4], false);
         rig.start(VERSION_1 | taste.features, &[&rx, &tx, &events]);
         let (cid, event_idx) = (cid(uuid).into(), taste.features & EVENT_IDX != 0);
-        Self {
-            rig,
-            uuid,
-            rx,
-            tx,
-            events,
-            cid,
-            event_idx,
-            waiting: Vec::new(),
-            rooms: HashMap::new(),
-        }
+        let (waiting, rooms) = Default::default();
+        Self { rig, uuid, rx, tx, events, cid, event_idx, waiting, rooms }
     }
 
     fn new(folder: &Path, taste: Taste) -> Self {
@@ -130,18 +121,8 @@ impl Guest {
         let rig = Rig::new(Vsock::new(folder, uuid).expect("short"), memory);
         rig.bus.restore(&saved, &rig.ram);
         let (rx, tx, events) = (self.rx.clone(), self.tx.clone(), self.events.clone());
-        let (cid, event_idx) = (self.cid, self.event_idx);
-        Self {
-            rig,
-            uuid,
-            rx,
-            tx,
-            events,
-            cid,
-            event_idx,
-            waiting: Vec::new(),
-            rooms: HashMap::new(),
-        }
+        let (waiting, rooms) = Default::default();
+        Self { rig, uuid, rx, tx, events, waiting, rooms, ..*self }
     }
 
     fn ram(&self) -> Arc<GuestRam> {
@@ -797,8 +778,10 @@ proptest! {
             while guest.poll().is_some() {}
         }
         let ram = guest.ram();
-        while guest.tx.take(&ram).is_some() {}
-        let _ = guest.tx.add(&ram, Some(&raw));
+        until("room for what is no packet", || {
+            while guest.tx.take(&ram).is_some() {}
+            guest.tx.add(&ram, Some(&raw)).is_some()
+        });
         guest.rig.kick(1);
         let (host, mut end) = guest.accept(&folder.0, 4000, 10_000);
         drop(host);
