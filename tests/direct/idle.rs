@@ -55,7 +55,7 @@ fn ordinary() -> Result<()> {
             rig.owner.wait_for(child, PATIENCE)?;
             let pid = rig.pid(child)?;
             let realtime = || census::realtime_threads(pid);
-            let soon = census::eventually(Duration::from_millis(100), || realtime() == 0);
+            let soon = census::eventually(Duration::from_millis(700), || realtime() == 0);
             let what = format!("{vcpus} vCPUs, from the guest: {from_guest}");
             ensure!(soon, "{what}: {} threads have real-time priority", realtime());
         }

@@ -55,17 +55,18 @@ fn many_forks() -> Result<()> {
         rig.settles_at(warm, "after all forks")?;
     }
     // Only against each fork being slower than the one before; the bench judges the rest.
-    let tenth = forks / 10;
-    let first = median(&times[WARM..WARM + tenth]);
-    let last = median(&times[forks - tenth..]);
-    ensure!(last < first + first / 4 + 30_000, "p50 went from {first} to {last} ns");
+    let fifth = forks / 5;
+    let first = quickest(&times[WARM..WARM + fifth]);
+    let last = quickest(&times[forks - fifth..]);
+    ensure!(last < 2 * first, "the quickest tenth took {first} ns at first, {last} ns at last");
     Ok(())
 }
 
-fn median(times: &[u64]) -> u64 {
+/// What the quickest tenth took at most: others on the machine make forks slower, never quicker.
+fn quickest(times: &[u64]) -> u64 {
     let mut times = times.to_vec();
     times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or(0)
+    times.get(times.len() / 10).copied().unwrap_or(0)
 }
 
 /// 50 children at once, or 1,000 in a soak; then none.

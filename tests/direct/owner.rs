@@ -33,13 +33,14 @@ fn gone() -> Result<()> {
     let alive = census::group(leader);
     // Ten machines, a zygote each, and the root's standby.
     ensure!(alive.len() >= 20, "{alive:?}");
+    // Without waiting for anything; only a busy machine takes more than some milliseconds.
+    let limit = Duration::from_secs(10);
     let begin = Instant::now();
     drop(owner);
-    let gone = census::eventually(Duration::from_secs(2), || {
-        census::group(leader).iter().all(|process| process.zombie)
-    });
+    let gone =
+        census::eventually(limit, || census::group(leader).iter().all(|process| process.zombie));
     ensure!(gone, "left: {:?}", census::group(leader));
-    ensure!(begin.elapsed() < Duration::from_secs(2), "it took {:?}", begin.elapsed());
+    ensure!(begin.elapsed() < limit, "it took {:?}", begin.elapsed());
     Ok(())
 }
 

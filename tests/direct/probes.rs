@@ -344,17 +344,18 @@ fn stages() -> Result<()> {
         rig.standbys(1)?;
     }
     note(&counted(&rig, rig.root)?);
-    // What is alike for all is no part of a stage, which lies between two marks.
-    let median = |late: &mut Vec<u64>| {
+    // What is alike for all is no part of a stage, which lies between two marks. Others on the
+    // machine make marks later, never earlier.
+    let quickest = |late: &mut Vec<u64>| {
         late.sort_unstable();
-        late[late.len() / 2]
+        late[late.len() / 4]
     };
     // The first mark of a process that has just woken up takes the kernel 2 us longer.
-    let awake = late.remove(&(Moment::Awake as usize)).map(|mut late| median(&mut late));
+    let awake = late.remove(&(Moment::Awake as usize)).map(|mut late| quickest(&mut late));
     ensure!(awake.is_some_and(|ns| ns <= 8000), "children are awake {awake:?} ns too late");
-    let medians: Vec<u64> = late.values_mut().map(median).collect();
-    let spread = medians.iter().max().zip(medians.iter().min()).map(|(most, least)| most - least);
-    ensure!(spread.is_some_and(|ns| ns <= 3000), "marks are late by {medians:?} ns");
+    let late: Vec<u64> = late.values_mut().map(quickest).collect();
+    let spread = late.iter().max().zip(late.iter().min()).map(|(most, least)| most - least);
+    ensure!(spread.is_some_and(|ns| ns <= 3000), "marks are late by {late:?} ns");
     for (stage, ns) in stamped {
         let (count, sum) = marked.get(&stage).copied().unwrap_or_default();
         ensure!(count == FORKS, "{} was counted {count} times of {FORKS}", stage.name());
