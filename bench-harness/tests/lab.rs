@@ -199,14 +199,14 @@ fn shows(name: &str, run: &ScenarioRun) {
         "tax" => &["tax_parent_ratio", "tax_child_ratio"],
         "upkeep" => &["arm_us", "teardown_us"],
         "reference" => &["reference_branch_us"],
-        "probes" => &["probes_off_branch_us", "probes_calls_exit_us", "guest_fault_page"],
+        "probes" => &["probes_off_branch_us", "probes_trace_exit_us", "guest_fault_page"],
         _ => &[],
     };
     let values: &[&str] = match name {
         "busy" => &["forkable_tax_ratio"],
         "children" => &["started_s", "private_user_bytes"],
         "upkeep" => &["idle_cpu_ratio"],
-        "probes" => &["probes_on_cost_ratio", "probes_all_cost_ratio"],
+        "probes" => &["probes_on_cost_ratio", "probes_all_cost_ratio", "probes_call_cost_ns"],
         _ => &[],
     };
     for metric in metrics {

@@ -23,7 +23,6 @@ struct Beacon {
     guest_start: AtomicU64,
     guest_len: AtomicU64,
     born_ns: AtomicU64,
-    stage_ns: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Beacon>() == size_of::<ebpf_common::Beacon>());
@@ -34,7 +33,6 @@ static BEACON: Beacon = Beacon {
     guest_start: AtomicU64::new(0),
     guest_len: AtomicU64::new(0),
     born_ns: AtomicU64::new(0),
-    stage_ns: AtomicU64::new(0),
 };
 
 /// Its address in this process and in those that it forks.
@@ -60,13 +58,22 @@ pub fn born(ns: u64) {
     role(Role::Parent);
 }
 
+/// The number of the [`Role`] that this process has at `ns`.
+#[must_use]
+pub fn role_at(ns: u64) -> u8 {
+    let role = BEACON.role.load(Relaxed);
+    let young = role == Role::Parent as u32
+        && ns.saturating_sub(BEACON.born_ns.load(Relaxed)) < Role::YOUNG_NS;
+    // A role's number is small.
+    if young { Role::Young as u8 } else { u8::try_from(role).unwrap_or(0) }
+}
+
 /// A moment of a fork was reached in this process at `ns`. What happens from now on belongs to what
 /// comes after it.
 // Never inlined, so that there is one mark.
 #[inline(never)]
 pub fn moment(moment: Moment, ns: u64) {
     let number = moment as u32 + 1;
-    BEACON.stage_ns.store(ns, Relaxed);
     BEACON.stage.store(number, Relaxed);
     probe::probe!(ukp, stage, number, ns);
     if matches!(moment, Moment::Resumed | Moment::Exited) {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ebpf_loader::Row;
 use guest_abi::param::{RESULTS, STEPS, Step as ProgramStep};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -155,6 +156,8 @@ pub enum Request {
     Stats,
     /// KVM's own statistics.
     KvmStats,
+    /// Its calls to KVM.
+    Calls,
     /// Ends the instance.
     Stop {
         /// Exit code.
@@ -244,6 +247,11 @@ pub enum Event {
         /// The line.
         text: String,
     },
+    /// Calls to KVM of an instance that ends.
+    Calls {
+        /// By what it was when it made them.
+        rows: Vec<Row>,
+    },
     /// The instance ends.
     Exited {
         /// Exit code.
@@ -272,6 +280,8 @@ pub enum Reply {
     Stats(Stats),
     /// KVM's own statistics.
     KvmStats(BTreeMap<String, u64>),
+    /// Its calls to KVM, by what it was when it made them.
+    Calls(Vec<Row>),
 }
 
 /// A bad answer.

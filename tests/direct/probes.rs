@@ -13,7 +13,7 @@ use runtime::memory::BackingKind;
 use runtime::proto::{InstanceConfig, Request};
 use tests::case::Case;
 use tests::probes::counted;
-use tests::program::{dirty, fork};
+use tests::program::{Forked, dirty, exit, fork};
 use tests::rig::{PATIENCE, Rig};
 use tests::{census, host};
 
@@ -31,6 +31,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("probes::what_is_missing_is_said_in_one_line", lacking),
         Case::new("probes::nothing_is_kept_of_children_that_have_ended", ended),
         Case::new("probes::children_of_a_raised_zygote_are_known", raised),
+        Case::new("probes::calls_are_those_that_the_kernel_sees", calls).alone(),
         Case::new("probes::stages_are_where_the_engine_stamps_them", stages).alone(),
         Case::new("probes::events_that_found_no_room_are_counted", overrun),
         Case::new("probes::nothing_is_left_of_a_loader_that_was_killed", killed).alone(),
@@ -48,7 +49,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn rig(config: InstanceConfig) -> Result<Rig> {
-    Rig::probed(config, Level::Calls)
+    Rig::probed(config, Level::Trace)
 }
 
 fn small() -> InstanceConfig {
@@ -284,34 +285,13 @@ fn moments(report: &ForkReport) -> Vec<(Moment, u64)> {
     ]
 }
 
-/// Stages between two moments of a report.
-const STAGES: [(Metric, Moment, Moment); 10] = [
-    (Metric::StageTakeWake, Moment::Doorbell, Moment::Woken),
-    (Metric::StageQuiesce, Moment::Woken, Moment::Quiesced),
-    (Metric::StageSettle, Moment::Quiesced, Moment::Settled),
-    (Metric::StageCapturePages, Moment::Settled, Moment::Pages),
-    (Metric::StageCaptureState, Moment::Pages, Moment::Released),
-    (Metric::StageResume, Moment::Released, Moment::Resumed),
-    (Metric::StageApply, Moment::Awake, Moment::Applied),
-    (Metric::StageRestore, Moment::Applied, Moment::Restored),
-    (Metric::StageCommit, Moment::Restored, Moment::Entered),
-    (Metric::StageRun, Moment::Entered, Moment::Exited),
-];
-
-/// The kernel's times of a fork's stages are the engine's: one by one in a trace, where a mark comes
-/// after its stamp by as long as the kernel takes to hear of it, and in the histograms.
+/// The kernel's times of a fork's stages are the engine's: in a trace a mark comes after its stamp by
+/// as long as the kernel takes to hear of it. The histograms are the reports' stages.
 fn stages() -> Result<()> {
     const FORKS: u64 = 20;
     let rig = rig(small())?;
     let mut late: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
-    let mut stamped: BTreeMap<Metric, u64> = BTreeMap::new();
-    let mut marked: BTreeMap<Metric, (u64, u64)> = BTreeMap::new();
-    let mut note = |counted: &Counted| {
-        for ((_, metric), histogram) in counted {
-            let sum = marked.entry(*metric).or_default();
-            *sum = (sum.0 + histogram.count(), sum.1 + histogram.sum_ns());
-        }
-    };
+    let (mut paused, mut child_took) = (0, 0);
     for _ in 0..FORKS {
         rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
         let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
@@ -334,16 +314,11 @@ fn stages() -> Result<()> {
             let mark = mark.with_context(|| format!("{moment:?} was marked before it was"))?;
             late.entry(*moment as usize).or_default().push(mark);
         }
-        let at = |wanted: Moment| moments.iter().find(|(moment, _)| *moment == wanted);
-        for (stage, from, to) in STAGES {
-            let (from, to) = at(from).zip(at(to)).context("a stage without moments")?;
-            *stamped.entry(stage).or_default() += to.1 - from.1;
-        }
-        note(&counted(&rig, child)?);
+        paused += report.parent.resumed;
+        child_took += report.children[0].exited - report.children[0].awake;
         rig.kill(child)?;
         rig.standbys(1)?;
     }
-    note(&counted(&rig, rig.root)?);
     // What is alike for all is no part of a stage, which lies between two marks. Others on the
     // machine make marks later, never earlier.
     let quickest = |late: &mut Vec<u64>| {
@@ -352,15 +327,84 @@ fn stages() -> Result<()> {
     };
     // The first mark of a process that has just woken up takes the kernel 2 us longer.
     let awake = late.remove(&(Moment::Awake as usize)).map(|mut late| quickest(&mut late));
-    ensure!(awake.is_some_and(|ns| ns <= 8000), "children are awake {awake:?} ns too late");
+    ensure!(awake.is_some_and(|ns| ns <= 20_000), "children are awake {awake:?} ns too late");
     let late: Vec<u64> = late.values_mut().map(quickest).collect();
     let spread = late.iter().max().zip(late.iter().min()).map(|(most, least)| most - least);
     ensure!(spread.is_some_and(|ns| ns <= 3000), "marks are late by {late:?} ns");
-    for (stage, ns) in stamped {
-        let (count, sum) = marked.get(&stage).copied().unwrap_or_default();
-        ensure!(count == FORKS, "{} was counted {count} times of {FORKS}", stage.name());
-        ensure!(sum == ns, "{}: {sum} ns, stamped {ns} ns", stage.name());
+    let counted = rig.owner.counted(rig.root)?;
+    for (role, stages, wanted) in [(Role::Parent, 6, paused), (Role::Child, 4, child_took)] {
+        let ours = counted.iter().filter(|((of, metric), _)| *of == role && is_stage(*metric));
+        let counts: Vec<u64> = ours.clone().map(|(_, it)| it.count()).collect();
+        ensure!(counts == vec![FORKS; stages], "{}: {counts:?}", role.name());
+        let sum: u64 = ours.map(|(_, it)| it.sum_ns()).sum();
+        ensure!(sum == wanted, "{}: {sum} ns in stages of {wanted} ns", role.name());
     }
+    Ok(())
+}
+
+fn is_stage(metric: Metric) -> bool {
+    metric as u8 >= Metric::StageTakeWake as u8
+}
+
+/// Instances count each of their calls to KVM, as the kernel does, which sees the inner part of it:
+/// a parent that forks and one that only syncs, and a child from its first call on.
+fn calls() -> Result<()> {
+    const FORKS: u64 = 10;
+    // Nothing of the parent's but what forks do: the kernel's counts and its own are read one after
+    // the other.
+    let rig = rig(InstanceConfig { sync: false, ..small() })?;
+    let sum = |counted: &Counted, roles: &[Role]| {
+        let wanted =
+            |(role, metric): &(Role, Metric)| *metric == Metric::Ioctl && roles.contains(role);
+        let ours = counted.iter().filter(|(key, _)| wanted(key)).map(|(_, it)| it);
+        ours.fold((0, 0), |sum, it| (sum.0 + it.count(), sum.1 + it.sum_ns()))
+    };
+    // On the border between the first millisecond and the time after, both may see it differently.
+    let parent = [Role::Parent, Role::Young];
+    let child = [Role::Child, Role::Parent, Role::Young];
+    let both = |uuid, roles: &[Role]| -> Result<_> {
+        Ok((sum(&rig.owner.counted(uuid)?, roles), sum(&counted(&rig, uuid)?, roles)))
+    };
+    // They are asked one after the other, and a young instance still has things to do.
+    let look = |uuid, roles: &[Role]| -> Result<_> {
+        let mut last = both(uuid, roles)?;
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = both(uuid, roles)?;
+            if now == last && now.0.0 > 0 {
+                return Ok(now);
+            }
+            last = now;
+        }
+        bail!("it does not come to rest")
+    };
+    rig.branch(rig.root, 1)?;
+    rig.kill_children()?;
+    rig.standbys(1)?;
+    let before = look(rig.root, &parent)?;
+    for _ in 0..FORKS {
+        let made = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?.child;
+        rig.owner.wait_for(made, PATIENCE)?;
+        rig.kill(rig.branch(made, 1)?[0])?;
+        let (own, kernel) = look(made, &child)?;
+        ensure!(own.0 == kernel.0 && own.0 > 0, "a child counts {own:?}, the kernel {kernel:?}");
+        ensure!(own.1 >= kernel.1, "a child counts {own:?}, the kernel {kernel:?}");
+        rig.kill(made)?;
+        rig.standbys(1)?;
+    }
+    let after = look(rig.root, &parent)?;
+    let new = |before: (u64, u64), after: (u64, u64)| (after.0 - before.0, after.1 - before.1);
+    let (own, kernel) = (new(before.0, after.0), new(before.1, after.1));
+    // State is read by seven calls, at least.
+    ensure!(own.0 == kernel.0 && own.0 >= 7 * FORKS, "the parent: {own:?}, the kernel {kernel:?}");
+    ensure!(own.1 >= kernel.1, "the parent: {own:?}, the kernel {kernel:?}");
+    // An instance that ends tells its calls; one that is killed cannot.
+    let told = |rig: &Rig| sum(&rig.owner.counted_of_ended(), &child).0;
+    let before = told(&rig);
+    let made = rig.branch(rig.root, 1)?[0];
+    rig.begin(made, 0, &[exit(3)])?;
+    rig.owner.wait_exit(made, PATIENCE)?;
+    ensure!(told(&rig) > before, "{before} calls were told, and no more at an end");
     Ok(())
 }
 
@@ -388,7 +432,7 @@ pub fn load_and_wait_if_asked() {
             );
             std::process::exit(0);
         }
-        let probes = Probes::load(Level::Calls);
+        let probes = Probes::load(Level::Trace);
         println!("{}", probes.as_ref().map_or(0, |probes| probes.attached().len()));
         std::thread::sleep(Duration::from_mins(1));
         std::process::exit(0);

@@ -20,7 +20,7 @@ pub fn cases() -> Vec<Inside> {
 
 /// This kernel refuses nothing that the best way needs.
 fn every_part() -> Result<()> {
-    let probes = Probes::load(Level::Calls)?;
+    let probes = Probes::load(Level::Trace)?;
     for attached in probes.attached() {
         println!("{}: {}", attached.what, attached.how);
     }
@@ -55,13 +55,13 @@ fn each() -> Result<()> {
 
 fn of_kvm() -> Result<()> {
     let config = InstanceConfig { memory_mib: 32, ..<_>::default() };
-    tests::probes::agree_with_kvm(&Rig::probed(config, Level::Calls)?)
+    tests::probes::agree_with_kvm(&Rig::probed(config, Level::Trace)?)
 }
 
 fn of_a_guest() -> Result<()> {
     const PAGES: u64 = 500;
     let config = InstanceConfig { memory_mib: 32, ..<_>::default() };
-    let rig = Rig::probed(config, Level::Calls)?;
+    let rig = Rig::probed(config, Level::Trace)?;
     let owner: &Owner = &rig.owner;
     let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
     rig.results(rig.root, 0, seq)?;

@@ -89,7 +89,7 @@ impl<'a> Bench<'a> {
         };
         let mut rig = Rig::new()?;
         if scenario.kind == Kind::Probes {
-            rig.probe(Level::Calls)?;
+            rig.probe(Level::Trace)?;
         }
         let guest = rig.start(config.clone())?;
         // The first line that an instance says is that it fell back to another backing.

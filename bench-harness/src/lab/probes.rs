@@ -7,6 +7,7 @@ use std::time::Instant;
 use ebpf_loader::{Counted, EventKind, Level, Metric, ProbeError, Probes, Role};
 use guest_abi::entry::PAGE;
 use guest_abi::param::{op, who};
+use runtime::kvm::calls;
 
 use super::bench::{Bench, Round};
 use super::error::Trouble;
@@ -26,11 +27,14 @@ const FRESH: usize = 48 << 20;
 /// Exits in a row to time one.
 const EXITS: u64 = 1000;
 
+/// Calls to time what counting one costs.
+const CALLS: u32 = 1_000_000;
+
 /// Forks whose faults are looked at one by one.
 const WHERE: u32 = 30;
 
 const LEVELS: [(Level, &str); 4] =
-    [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Calls, "calls")];
+    [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Trace, "trace")];
 
 /// What is told of each child: metric, role, what is added up.
 const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
@@ -67,6 +71,9 @@ pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
             bench.run.values.insert(format!("probes_{name}_cost_ratio"), summary.p50.0);
         }
     }
+    #[expect(clippy::cast_precision_loss, reason = "some ns")]
+    let cost = calls::cost_ns(CALLS) as f64;
+    bench.run.values.insert("probes_call_cost_ns".to_owned(), cost);
     let lost = with(bench, Probes::lost)?;
     if lost.any() {
         bench.run.notes.push(format!("the probes lost something for want of room: {lost:?}"));

@@ -34,8 +34,6 @@ pub struct Beacon {
     pub guest_len: u64,
     /// When it ran its guest first, in ns of the monotonic clock; 0 if it did not yet.
     pub born_ns: u64,
-    /// When `stage` began, in ns of the monotonic clock.
-    pub stage_ns: u64,
 }
 
 /// What the probes know of a process, by its id.
@@ -44,12 +42,8 @@ pub struct Beacon {
 pub struct Tracked {
     /// Address of its [`Beacon`]; 0 if that is not known.
     pub beacon: u64,
-    /// When the last stage of a fork began that it marked, in ns of the monotonic clock.
-    pub stage_ns: u64,
-    /// And which.
-    pub stage: u32,
     /// The [`Role`] that it had when it was heard of last.
-    pub role: u32,
+    pub role: u64,
 }
 
 /// Values that are kept in a thread's own entry.
@@ -66,9 +60,7 @@ pub const KINDS: usize = 4;
 #[repr(C)]
 pub struct Thread {
     /// Its process.
-    pub pid: u32,
-    /// Not 0: it has ended.
-    pub ended: u32,
+    pub pid: u64,
     /// How many of `samples` there are.
     pub used: u64,
     /// What it waits for the end of.
@@ -129,27 +121,25 @@ pub struct CellKey {
 impl Tracked {
     /// As the loader reads and writes it.
     #[must_use]
-    pub const fn words(self) -> [u64; 3] {
-        [self.beacon, self.stage_ns, self.stage as u64 | (self.role as u64) << 32]
+    pub const fn words(self) -> [u64; 2] {
+        [self.beacon, self.role]
     }
 
     /// The same backwards.
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
-    pub const fn from_words([beacon, stage_ns, rest]: [u64; 3]) -> Self {
-        Self { beacon, stage_ns, stage: rest as u32, role: (rest >> 32) as u32 }
+    pub const fn from_words([beacon, role]: [u64; 2]) -> Self {
+        Self { beacon, role }
     }
 }
 
 impl Thread {
-    /// Its process, whether it has ended, and its samples, from what lies in memory.
-    #[expect(clippy::cast_possible_truncation, reason = "two halves of a word")]
-    pub fn from_words(words: &[u64; THREAD_WORDS]) -> (u32, bool, impl Iterator<Item = Sample>) {
+    /// Its process and its samples, from what lies in memory.
+    #[expect(clippy::cast_possible_truncation, reason = "the id of a process")]
+    pub fn from_words(words: &[u64; THREAD_WORDS]) -> (u32, impl Iterator<Item = Sample>) {
         const HEAD: usize = THREAD_WORDS - SAMPLES;
         let used = usize::try_from(words[1]).unwrap_or(usize::MAX).min(SAMPLES);
         let samples = words[HEAD..HEAD + used].iter();
-        let ended = words[0] >> 32 != 0;
-        (words[0] as u32, ended, samples.map(|word| Sample::from_word(*word)))
+        (words[0] as u32, samples.map(|word| Sample::from_word(*word)))
     }
 }
 
@@ -221,8 +211,7 @@ mod tests {
         let key = CellKey { pid: 0x0403_0201, role: 5, metric: 6, bucket: 0x0807 };
         assert_eq!(key.word(), 0x0807_0605_0403_0201);
         assert_eq!(CellKey::from_word(key.word()), key);
-        let tracked = Tracked { beacon: 7, stage_ns: 8, stage: 1, role: 2 };
-        assert_eq!(tracked.words(), [7, 8, 0x2_0000_0001]);
+        let tracked = Tracked { beacon: 7, role: 2 };
         assert_eq!(Tracked::from_words(tracked.words()), tracked);
     }
 
@@ -241,13 +230,13 @@ mod tests {
         let sample = |value| Sample { role: 4, metric: 1, value };
         let mut words = [0; THREAD_WORDS];
         let first = core::mem::offset_of!(Thread, samples) / 8;
-        (words[0], words[1]) = (0x1_0000_0007, 2);
+        (words[0], words[1]) = (7, 2);
         (words[first], words[first + 1]) = (sample(5).word(), sample(6).word());
         words[first + 2] = sample(7).word();
-        let (pid, ended, samples) = Thread::from_words(&words);
-        assert_eq!((pid, ended), (7, true));
+        let (pid, samples) = Thread::from_words(&words);
+        assert_eq!(pid, 7);
         assert!(samples.eq([sample(5), sample(6)]));
         words[1] = u64::MAX;
-        assert_eq!(Thread::from_words(&words).2.count(), SAMPLES);
+        assert_eq!(Thread::from_words(&words).1.count(), SAMPLES);
     }
 }

@@ -84,9 +84,10 @@ pub enum Metric {
     Exits = 7,
     /// From the wake-up of a thread until it ran.
     OffCpu = 8,
-    /// `ioctl` calls to KVM.
+    /// `ioctl` calls to KVM, but for `KVM_RUN`. Instances time their own; the probes do so, too, at
+    /// the level for single forks.
     Ioctl = 9,
-    /// Stages of a fork in the parent, from one mark of the engine to the next.
+    /// Stages of a fork in the parent, from the engine's report.
     StageTakeWake = Self::STAGES + 2,
     /// Until the other vCPUs are stopped.
     StageQuiesce = Self::STAGES + 3,
@@ -109,9 +110,9 @@ pub enum Metric {
 }
 
 impl Metric {
-    /// The mark of the engine that ends a stage (see [`Beacon::stage`](crate::Beacon::stage)) and
+    /// The moment of the engine that ends a stage (see [`Beacon::stage`](crate::Beacon::stage)) and
     /// this number are the stage's.
-    pub const STAGES: u8 = 16;
+    const STAGES: u8 = 16;
     /// Page faults of the process in guest memory.
     pub const GUEST_FAULTS: [Self; 3] = [Self::GuestCow, Self::GuestMinor, Self::GuestMajor];
     /// Page faults of the process.

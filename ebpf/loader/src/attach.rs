@@ -126,13 +126,13 @@ pub(crate) const PARTS: [Part; 8] = [
             &[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))],
         ],
         required: false,
-        level: Level::Calls,
+        level: Level::Trace,
     },
     Part {
         what: "stages of a fork",
         ways: &[&[("stage", Stage)]],
         required: false,
-        level: Level::Calls,
+        level: Level::Trace,
     },
 ];
 

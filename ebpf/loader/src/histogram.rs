@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ebpf_common::{BUCKETS, Cell, highest, lowest};
+use ebpf_common::{BUCKETS, Cell, bucket, highest, lowest};
 use serde::{Deserialize, Serialize};
 
 /// A histogram in the kernel's buckets, each at most a sixteenth of its value wide.
@@ -36,6 +36,11 @@ impl Histogram {
         let sum = self.cells.entry(bucket).or_default();
         sum.count += cell.count;
         sum.sum += cell.sum;
+    }
+
+    /// Adds a value.
+    pub fn record(&mut self, value: u64) {
+        self.add(bucket(value), Cell { count: 1, sum: value });
     }
 
     /// Adds another one.
@@ -93,14 +98,12 @@ impl Histogram {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test may")]
 mod tests {
-    use ebpf_common::bucket;
-
     use super::*;
 
     fn histogram(values: &[u64]) -> Histogram {
         let mut histogram = Histogram::default();
         for value in values {
-            histogram.add(bucket(*value), Cell { count: 1, sum: *value });
+            histogram.record(*value);
         }
         histogram
     }

@@ -29,4 +29,6 @@ mod usdt;
 pub use ebpf_common::{Beacon, Event, EventKind, Metric, Role};
 pub use error::ProbeError;
 pub use histogram::Histogram;
-pub use probes::{Attached, Counted, Level, Lost, Probes, Refused, Row, Surveyed, rows};
+pub use probes::{
+    Attached, Counted, Level, Lost, Probes, Refused, Row, Surveyed, counted, merge, rows,
+};

@@ -27,8 +27,8 @@ pub enum Level {
     On,
     /// Exits of guests and their faults, too.
     All,
-    /// Calls to KVM and the stages of forks, too: for looking at single forks.
-    Calls,
+    /// Calls to KVM and moments of forks, too: for looking at single forks.
+    Trace,
 }
 
 /// Something that is measured, and how.
@@ -129,6 +129,23 @@ pub fn rows(counted: &Counted) -> Vec<Row> {
         histogram: histogram.clone(),
     };
     counted.iter().map(row).collect()
+}
+
+/// A list as histograms.
+#[must_use]
+pub fn counted(rows: &[Row]) -> Counted {
+    let mut counted = Counted::new();
+    for row in rows {
+        counted.entry((row.role, row.metric)).or_default().merge(&row.histogram);
+    }
+    counted
+}
+
+/// Adds what was counted elsewhere.
+pub fn merge(counted: &mut Counted, other: &Counted) {
+    for (key, histogram) in other {
+        counted.entry(*key).or_default().merge(histogram);
+    }
 }
 
 /// Probes that are loaded. They go with this value, and with its process.
@@ -316,7 +333,7 @@ impl Probes {
 
     fn tracked(&self, pid: u32) -> Option<Tracked> {
         let map = self.ebpf.map("PROCESSES")?;
-        let processes = HashMap::<&MapData, u32, [u64; 3]>::try_from(map).ok()?;
+        let processes = HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok()?;
         processes.get(&pid, 0).ok().map(Tracked::from_words)
     }
 
@@ -447,7 +464,7 @@ fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
 }
 
 /// To [`Tracked::words`].
-type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 3]>;
+type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 2]>;
 /// To what [`Thread::from_words`] reads.
 type Threads<'a> = HashMap<&'a mut MapData, u32, [u64; THREAD_WORDS]>;
 /// [`CellKey::word`] to count and sum.
@@ -479,7 +496,7 @@ fn sum(values: &PerCpuValues<[u64; 2]>) -> Cell {
 }
 
 fn add_samples(counted: &mut Counted, words: &[u64; THREAD_WORDS]) {
-    let (pid, _, samples) = Thread::from_words(words);
+    let (pid, samples) = Thread::from_words(words);
     for Sample { role, metric, value } in samples {
         let (bucket, sum) = if metric == Metric::Exits as u8 {
             (u16::try_from(value).unwrap_or(u16::MAX), 0)

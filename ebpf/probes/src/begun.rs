@@ -50,14 +50,14 @@ pub fn expect(pid: u32, tid: u32) {
     let Some(blank): Option<*mut Thread> = BLANK.get_ptr_mut(0) else { return };
     // SAFETY: this processor's own slot, of which nothing else is ever written.
     let blank = unsafe { &mut *blank };
-    blank.pid = pid;
+    blank.pid = pid.into();
     // It takes the place of one that has ended and had the same number.
     if THREADS.insert(&tid, &*blank, 0).is_err() {
         lose(lost::THREADS);
     } else if let Some(thread) = THREADS.get_ptr_mut(&tid) {
         // Once more: an interrupt may have expected another thread in between.
         // SAFETY: as in `begin`.
-        unsafe { (*thread).pid = pid };
+        unsafe { (*thread).pid = pid.into() };
     }
 }
 
@@ -67,7 +67,6 @@ pub fn forget(tid: u32) {
     if let Some(thread) = THREADS.get_ptr_mut(&tid) {
         // SAFETY: as in `begin`.
         let thread: &mut Thread = unsafe { &mut *thread };
-        thread.ended = 1;
         if thread.used == 0 {
             // An error: the loader was faster.
             THREADS.remove(&tid).unwrap_or(());

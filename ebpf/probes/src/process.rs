@@ -43,7 +43,7 @@ fn forked(parent: u64, child: u64) -> i32 {
     if parent != pid {
         // SAFETY: an element of a map that is not freed while this program runs.
         let beacon = unsafe { (*tracked).beacon };
-        let tracked = Tracked { beacon, stage_ns: 0, stage: 0, role: Role::Unknown as u32 };
+        let tracked = Tracked { beacon, role: Role::Unknown as u64 };
         if PROCESSES.insert(&pid, &tracked, 0).is_err() {
             lose(lost::PROCESSES);
         }
@@ -64,7 +64,7 @@ fn executed() -> i32 {
         // SAFETY: an element of a map that is not freed while this program runs.
         let tracked = unsafe { &mut *tracked };
         tracked.beacon = 0;
-        tracked.role = Role::Unknown as u32;
+        tracked.role = Role::Unknown as u64;
     }
     0
 }

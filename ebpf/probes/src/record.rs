@@ -9,7 +9,6 @@ use crate::maps::{CELLS, EVENTS, PROCESSES, THREADS, TRACED, lose};
 
 /// A process of ours, at a moment.
 pub struct Current {
-    pub tracked: *mut Tracked,
     pub pid: u32,
     pub tid: u32,
     pub beacon: Beacon,
@@ -17,8 +16,7 @@ pub struct Current {
 }
 
 /// A process that says nothing about itself.
-pub const SILENT: Beacon =
-    Beacon { role: 0, stage: 0, guest_start: 0, guest_len: 0, born_ns: 0, stage_ns: 0 };
+pub const SILENT: Beacon = Beacon { role: 0, stage: 0, guest_start: 0, guest_len: 0, born_ns: 0 };
 
 /// Process and thread of this moment.
 #[inline(always)]
@@ -58,10 +56,10 @@ pub fn current() -> Option<Current> {
         role = Role::Young as u8;
     }
     // For those who ask from outside.
-    if known.role != u32::from(role) {
-        known.role = u32::from(role);
+    if known.role != u64::from(role) {
+        known.role = u64::from(role);
     }
-    Some(Current { tracked, pid, tid, beacon, role })
+    Some(Current { pid, tid, beacon, role })
 }
 
 /// Counts a value: what took so many ns, or the reason of an exit.

@@ -40,13 +40,13 @@ fn woken(task: u64) -> i32 {
 #[inline(always)]
 fn runs(task: u64) -> i32 {
     if let Some(pid) = task_tgid_of(task)
-        && let Some(tracked) = PROCESSES.get_ptr_mut(&pid)
+        && let Some(tracked) = PROCESSES.get_ptr(&pid)
         && let Some(tid) = task_pid_of(task)
         && let Some((_, ns)) = begun::end(Kind::Wake, tid)
     {
         // SAFETY: an element of a map that is not freed while this program runs.
         let role = unsafe { (*tracked).role } as u8;
-        let current = Current { tracked, pid, tid, beacon: SILENT, role };
+        let current = Current { pid, tid, beacon: SILENT, role };
         took(&current, Metric::OffCpu, ns, event(EventKind::OffCpu, 0, 0));
     }
     0

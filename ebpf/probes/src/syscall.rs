@@ -1,5 +1,5 @@
 //! Calls to KVM: at their functions where the kernel allows it, else among all system calls of the
-//! machine. Either costs too much to be on by default.
+//! machine. Either costs too much for more than single forks: instances time their own calls.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::{kprobe, kretprobe, raw_tracepoint};
@@ -7,12 +7,14 @@ use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
 use ebpf_common::{EventKind, Metric};
 
 use crate::begun::{self, Kind};
-use crate::record::{current, event, ids, is_ours, took};
+use crate::record::{current, event, ids, is_ours, send, took};
 
 const IOCTL: u64 = 16;
 /// The type of KVM's request numbers, and where it lies in them.
 const KVMIO: u64 = 0xae;
 const TYPE_SHIFT: u64 = 8;
+/// The number of `KVM_RUN`: its time is the guest's.
+const RUN: u64 = 0x80;
 /// Where `struct pt_regs` has the second argument of a system call.
 const RSI: u64 = 13 * 8;
 /// And its number.
@@ -73,6 +75,11 @@ fn ends() {
         && let Some((begun, ns)) = begun::end(Kind::Call, tid)
         && let Some(current) = current()
     {
-        took(&current, Metric::Ioctl, ns, event(EventKind::Ioctl, begun.what, 0));
+        let event = event(EventKind::Ioctl, begun.what, 0);
+        if begun.what == RUN {
+            send(&current, ns, event);
+        } else {
+            took(&current, Metric::Ioctl, ns, event);
+        }
     }
 }

@@ -328,8 +328,6 @@ pub enum ProbesArg {
     On,
     /// Exits of guests and their faults too; forks take some percent longer
     All,
-    /// Calls to KVM too; forks take a quarter longer
-    Calls,
 }
 
 impl From<ProbesArg> for Level {
@@ -338,7 +336,6 @@ impl From<ProbesArg> for Level {
             ProbesArg::Off => Self::Off,
             ProbesArg::On => Self::On,
             ProbesArg::All => Self::All,
-            ProbesArg::Calls => Self::Calls,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ebpf_loader::Row;
 use runtime::proto::MAX_MESSAGE;
 use runtime::sys::{self, SysError};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -70,17 +71,19 @@ impl Line {
         }
     }
 
-    /// What the probes counted of an instance, or of all that have ended.
-    pub fn probed(&self, instance: Option<Uuid>) -> Result<Probed, CliError> {
+    /// What was counted of an instance, and of all that have ended.
+    pub fn probed(&self, instance: Uuid) -> Result<(Probed, Vec<Row>), CliError> {
         self.send(&Ask::Probes { instance })?;
         let mut buffer = vec![0_u8; MAX_MESSAGE];
-        let mut all: Option<Probed> = None;
+        let mut own: Option<Probed> = None;
+        let mut ended = Vec::new();
         loop {
-            match (self.receive(&mut buffer)?, &mut all) {
-                (Answer::Probes(first), None) => all = Some(first),
-                (Answer::Probes(mut part), Some(all)) => all.rows.append(&mut part.rows),
+            match (self.receive(&mut buffer)?, &mut own) {
+                (Answer::Probes(first), None) => own = Some(first),
+                (Answer::Probes(mut part), Some(own)) => own.rows.append(&mut part.rows),
+                (Answer::Ended(mut part), _) => ended.append(&mut part),
                 (Answer::Failed(message), _) => return Err(CliError::internal(message)),
-                _ => return Ok(all.unwrap_or_default()),
+                _ => return Ok((own.unwrap_or_default(), ended)),
             }
         }
     }

@@ -109,6 +109,7 @@ impl<Out: Write, Notes: Write> Console<Out, Notes> {
             }
             Event::Hello { .. }
             | Event::Zygote { .. }
+            | Event::Calls { .. }
             | Event::Reply { .. }
             | Event::Armed { .. }
             | Event::Done { .. } => {}
@@ -199,9 +200,11 @@ fn as_json(uuid: Uuid, event: &Event) -> Option<Value> {
         Event::Exited { code, reason } => {
             json!({ "event": "exited", "instance": uuid, "code": code, "reason": reason })
         }
-        Event::Zygote { .. } | Event::Reply { .. } | Event::Armed { .. } | Event::Done { .. } => {
-            return None;
-        }
+        Event::Zygote { .. }
+        | Event::Calls { .. }
+        | Event::Reply { .. }
+        | Event::Armed { .. }
+        | Event::Done { .. } => return None,
     })
 }
 

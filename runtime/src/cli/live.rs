@@ -100,12 +100,7 @@ fn draw(frame: &mut Frame<'_>, now: &Seen, before: Option<&Seen>, view: &mut Vie
     let [head, top, middle, bottom, foot] = areas.areas(frame.area());
     frame.render_widget(Line::from(format!("instance {}", now.uuid)).bold(), head);
     draw_counters(frame, &counters, top);
-    if let Some(off) = &now.probed.off {
-        let text = format!("probes are off: {off}");
-        frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: true }), middle);
-    } else {
-        draw_table(frame, now, before, view, middle);
-    }
+    draw_table(frame, now, before, view, middle);
     frame.render_widget(Paragraph::new(below.join("\n")).wrap(Wrap { trim: true }), bottom);
     frame.render_widget(Line::from(KEYS).dim(), foot);
 }
@@ -119,6 +114,11 @@ fn draw_counters(frame: &mut Frame<'_>, counters: &[(&str, String)], area: Rect)
     }
 }
 
+/// Of the instance, or of those that have ended.
+fn rows_of(seen: &Seen, ended: bool) -> &[ebpf_loader::Row] {
+    if ended { &seen.ended } else { &seen.probed.rows }
+}
+
 fn draw_table(
     frame: &mut Frame<'_>,
     now: &Seen,
@@ -126,10 +126,10 @@ fn draw_table(
     view: &mut View,
     area: Rect,
 ) {
-    let of = |seen: &'_ Seen| if view.ended { seen.ended.clone() } else { seen.probed.clone() };
+    let ended = view.ended;
+    let of = |seen| rows_of(seen, ended);
     let earlier = before.map(|before| (of(before), now.at.saturating_duration_since(before.at)));
-    let earlier = earlier.as_ref().map(|(probed, time)| (probed, *time));
-    let rows = cells(&of(now), earlier).into_iter().map(Row::new);
+    let rows = cells(of(now), earlier).into_iter().map(Row::new);
     let widths = [8, 28, 10, 8, 9, 9, 9, 10].map(Constraint::Length);
     let whose = if view.ended { "ended" } else { HEADS[0] };
     let heads = std::iter::once(whose).chain(HEADS.into_iter().skip(1));
@@ -164,7 +164,7 @@ mod tests {
             uuid: Uuid::from_u128(7),
             stats: Stats { forks: 12, ..Stats::default() },
             kvm: BTreeMap::from([("exits".to_owned(), 34)]),
-            ended: Probed::default(),
+            ended: Vec::new(),
             probed,
             at,
         }

@@ -25,7 +25,7 @@ pub fn text(seen: &Seen) -> Result<String, CliError> {
         stats: seen.stats,
         kvm: seen.kvm.clone(),
         probed: seen.probed.clone(),
-        ended: seen.ended.rows.clone(),
+        ended: seen.ended.clone(),
     }));
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry)
@@ -98,7 +98,7 @@ impl prometheus_client::collector::Collector for Instance {
                 ConstCounter::new(cell.count).encode(exits.encode_family(&labels)?)?;
             }
         }
-        let help = "What the probes measured";
+        let help = "What the probes and the instance measured";
         let mut times = encoder.encode_descriptor(
             "probe",
             help,

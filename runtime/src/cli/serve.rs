@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ebpf_loader::{ProbeError, Probes};
+use ebpf_loader::{Counted, Metric, ProbeError, Probes, Row};
 use runtime::owner::{Known, Owner, OwnerError};
 use runtime::proto::{MAX_MESSAGE, Request};
 use runtime::sys::{self, SysError, now_ns};
@@ -112,9 +112,8 @@ impl Server {
             Ask::Kill { instance, recursive } => self.kill(instance, recursive),
             Ask::Pause { instance } => self.request(instance, Request::Pause),
             Ask::Resume { instance } => self.request(instance, Request::Resume),
-            Ask::Stats { instance } => self.owner.stats(instance).map(Answer::Stats),
+            Ask::Stats { instance } => self.stats(instance),
             Ask::Probes { instance } => return self.probes(instance),
-            Ask::KvmStats { instance } => self.owner.kvm_stats(instance).map(Answer::KvmStats),
             Ask::Trace { instance, branch } => self.trace(instance, branch, connection),
         };
         vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
@@ -150,36 +149,41 @@ impl Server {
         parts.chain([Answer::Done]).collect()
     }
 
-    fn probes(&self, instance: Option<Uuid>) -> Vec<Answer> {
+    fn stats(&self, instance: Uuid) -> Result<Answer, OwnerError> {
+        let stats = self.owner.stats(instance)?;
+        Ok(Answer::Stats { stats, kvm: self.owner.kvm_stats(instance)? })
+    }
+
+    fn probes(&self, instance: Uuid) -> Vec<Answer> {
         match self.probed(instance) {
-            Ok(probed) => parts(probed),
+            Ok((own, ended)) => parts(own, ended),
             Err(reason) => vec![Answer::Failed(reason)],
         }
     }
 
-    fn probed(&self, instance: Option<Uuid>) -> Result<Probed, String> {
-        let pid = |uuid| self.owner.with(uuid, |known| known.pid.cast_unsigned());
-        let pid = instance.map(pid).transpose().map_err(|error| sys::chain(&error))?;
+    fn probed(&self, instance: Uuid) -> Result<(Probed, Vec<Row>), String> {
+        let failed = |error: OwnerError| sys::chain(&error);
+        let pid = self.owner.with(instance, |known| known.pid.cast_unsigned()).map_err(failed)?;
+        let mut own = self.owner.counted(instance).map_err(failed)?;
+        let mut ended = self.owner.counted_of_ended();
         let read = |probes: &mut Probes| -> Result<Probed, ProbeError> {
-            let mut live = probes.read()?;
-            let counted = match pid {
-                Some(pid) => live.remove(&pid).unwrap_or_default(),
-                None => probes.ended().clone(),
-            };
+            let live = probes.read()?.remove(&pid).unwrap_or_default();
+            by_probes(&mut own, &live);
+            by_probes(&mut ended, probes.ended());
             let measured = probes.attached().into_iter();
             let refused = probes.refused().iter();
             Ok(Probed {
-                off: None,
                 measured: measured.map(|one| format!("{} by {}", one.what, one.how)).collect(),
                 refused: refused.map(ToString::to_string).collect(),
-                rows: ebpf_loader::rows(&counted),
                 lost: probes.lost()?,
+                ..Probed::default()
             })
         };
-        match self.owner.probes(read) {
-            None => Ok(Probed { off: self.probes_off.clone(), ..Probed::default() }),
-            Some(probed) => probed.map_err(|error| sys::chain(&error)),
-        }
+        let probed = match self.owner.probes(read) {
+            None => Probed { off: self.probes_off.clone(), ..Probed::default() },
+            Some(probed) => probed.map_err(|error| sys::chain(&error))?,
+        };
+        Ok((Probed { rows: ebpf_loader::rows(&own), ..probed }, ebpf_loader::rows(&ended)))
     }
 
     fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Result<Answer, OwnerError> {
@@ -196,7 +200,7 @@ impl Server {
         loop {
             match self.owner.wait_exit(uuid, LOOK) {
                 Err(OwnerError::Timeout { .. }) if !hung_up(connection) => {}
-                result => return result.map(|(code, why)| Answer::Ended { code, why }),
+                result => return result.map(|(code, why)| Answer::Exited { code, why }),
             }
         }
     }
@@ -208,7 +212,7 @@ impl Server {
             Err(error) => return Err(error),
         }
         let (code, why) = self.owner.wait_exit(uuid, END)?;
-        Ok(Answer::Ended { code, why })
+        Ok(Answer::Exited { code, why })
     }
 
     fn kill(&self, uuid: Uuid, recursive: bool) -> Result<Answer, OwnerError> {
@@ -307,26 +311,41 @@ fn start_thread(run: impl FnOnce() + Send + 'static) -> Result<(), SysError> {
 /// Buckets in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
 const BUCKETS_AT_ONCE: usize = 1500;
 
+/// Adds what probes counted, but for calls to KVM: instances count all of theirs, the probes those
+/// during a trace.
+fn by_probes(own: &mut Counted, probed: &Counted) {
+    let others = probed.iter().filter(|((_, metric), _)| *metric != Metric::Ioctl);
+    ebpf_loader::merge(own, &others.map(|(key, it)| (*key, it.clone())).collect());
+}
+
 /// What was counted, in parts.
-fn parts(mut probed: Probed) -> Vec<Answer> {
-    let rows = std::mem::take(&mut probed.rows);
-    let mut answers = vec![probed];
-    let mut room = BUCKETS_AT_ONCE;
+fn parts(own: Probed, ended: Vec<Row>) -> Vec<Answer> {
+    let Probed { rows, .. } = own;
+    let mut own_parts = split(rows).into_iter();
+    let first = Probed { rows: own_parts.next().unwrap_or_default(), ..own };
+    let rest = own_parts.map(|rows| Answer::Probes(Probed { rows, ..Probed::default() }));
+    let ended = split(ended).into_iter().map(Answer::Ended);
+    std::iter::once(Answer::Probes(first)).chain(rest).chain(ended).chain([Answer::Done]).collect()
+}
+
+fn split(rows: Vec<Row>) -> Vec<Vec<Row>> {
+    let mut parts: Vec<Vec<Row>> = Vec::new();
+    let mut room = 0;
     for row in rows {
         let buckets = row.histogram.cells().count();
         if buckets > room {
-            answers.push(Probed::default());
+            parts.push(Vec::new());
             room = BUCKETS_AT_ONCE;
         }
         room = room.saturating_sub(buckets);
-        answers.last_mut().into_iter().for_each(|last| last.rows.push(row.clone()));
+        parts.last_mut().into_iter().for_each(|part| part.push(row.clone()));
     }
-    answers.into_iter().map(Answer::Probes).chain([Answer::Done]).collect()
+    parts
 }
 
 #[cfg(test)]
 mod tests {
-    use ebpf_loader::{Histogram, Metric, Role, Row};
+    use ebpf_loader::{Histogram, Role};
 
     use super::*;
 
@@ -337,18 +356,20 @@ mod tests {
         );
         let row = |metric| Row { role: Role::Parent, metric, histogram: full.clone() };
         let rows: Vec<_> = Metric::ALL.iter().map(|metric| row(*metric)).collect();
-        let answers =
-            parts(Probed { rows: rows.clone(), measured: vec!["it".into()], ..<_>::default() });
+        let own = Probed { rows: rows.clone(), measured: vec!["it".into()], ..<_>::default() };
+        let answers = parts(own, rows.clone());
         assert!(matches!(answers.last(), Some(Answer::Done)));
-        let mut got = Vec::new();
+        let (mut got, mut ended) = (Vec::new(), Vec::new());
         for answer in &answers {
             let bytes = serde_json::to_vec(answer).expect("it has no maps").len();
             assert!(bytes < runtime::proto::MAX_MESSAGE, "{bytes} bytes");
-            if let Answer::Probes(part) = answer {
-                got.extend(part.rows.clone());
+            match answer {
+                Answer::Probes(part) => got.extend(part.rows.clone()),
+                Answer::Ended(part) => ended.extend(part.clone()),
+                _ => {}
             }
         }
-        assert_eq!(got, rows);
+        assert_eq!((got, ended), (rows.clone(), rows));
         assert!(matches!(&answers[0], Answer::Probes(first) if first.measured == ["it"]));
     }
 }

@@ -29,7 +29,7 @@ pub struct Seen {
     /// What the probes counted of it.
     pub probed: Probed,
     /// And of all instances of its owner that have ended.
-    pub ended: Probed,
+    pub ended: Vec<Row>,
     /// When.
     pub at: Instant,
 }
@@ -48,7 +48,6 @@ pub fn stats(args: &StatsArgs) -> Result<u8, CliError> {
         let seen = look()?;
         if args.json {
             let Seen { uuid, stats, kvm, probed, ended, .. } = &seen;
-            let ended = &ended.rows;
             print_json(&json!({
                 "instance": uuid, "stats": stats, "kvm": kvm, "probes": probed, "ended": ended
             }))?;
@@ -66,13 +65,10 @@ pub fn stats(args: &StatsArgs) -> Result<u8, CliError> {
 }
 
 fn look(line: &Line, uuid: Uuid) -> Result<Seen, CliError> {
-    let Answer::Stats(stats) = line.ask(&Ask::Stats { instance: uuid })? else {
+    let Answer::Stats { stats, kvm } = line.ask(&Ask::Stats { instance: uuid })? else {
         return Err(unexpected());
     };
-    let Answer::KvmStats(kvm) = line.ask(&Ask::KvmStats { instance: uuid })? else {
-        return Err(unexpected());
-    };
-    let (probed, ended) = (line.probed(Some(uuid))?, line.probed(None)?);
+    let (probed, ended) = line.probed(uuid)?;
     Ok(Seen { uuid, stats, kvm, probed, ended, at: Instant::now() })
 }
 
@@ -100,12 +96,12 @@ pub const HEADS: [&str; 8] =
     ["role", "what", "count", "per s", "p50 µs", "p99 µs", "max µs", "all ms"];
 
 /// A table of what the probes counted, with what came since `earlier`.
-pub fn cells(seen: &Probed, earlier: Option<(&Probed, Duration)>) -> Vec<[String; 8]> {
+pub fn cells(rows: &[Row], earlier: Option<(&[Row], Duration)>) -> Vec<[String; 8]> {
     let mut all = Vec::new();
-    for row in &seen.rows {
+    for row in rows {
         let before = earlier.map(|(earlier, time)| {
             let same = |it: &&Row| it.role == row.role && it.metric == row.metric;
-            (earlier.rows.iter().find(same).map(described).unwrap_or_default(), time)
+            (earlier.iter().find(same).map(described).unwrap_or_default(), time)
         });
         for (what, count, [p50, p99, max, sum]) in described(row) {
             let rate = before.as_ref().map_or(String::new(), |(before, time)| {
@@ -123,6 +119,7 @@ pub fn cells(seen: &Probed, earlier: Option<(&Probed, Duration)>) -> Vec<[String
 /// Lines below the table: what is measured how, and what is missing.
 pub fn remarks(probed: &Probed) -> Vec<String> {
     let mut lines = Vec::new();
+    lines.extend(probed.off.as_ref().map(|off| format!("probes are off: {off}")));
     if !probed.measured.is_empty() {
         lines.push(format!("measured: {}", probed.measured.join(", ")));
     }
@@ -148,16 +145,12 @@ fn text(seen: &Seen, earlier: Option<&Seen>) -> String {
     if let Some(words) = kvm_line(&seen.kvm) {
         line(&mut text, format_args!("{words}"));
     }
-    if let Some(off) = &seen.probed.off {
-        line(&mut text, format_args!("{:28} off: {off}", "probes"));
-        return text;
-    }
-    let since = |of: fn(&Seen) -> &Probed| {
+    let since = |of: fn(&Seen) -> &[Row]| {
         earlier.map(|earlier| (of(earlier), seen.at.saturating_duration_since(earlier.at)))
     };
     line(&mut text, format_args!(""));
-    table(&mut text, &cells(&seen.probed, since(|seen| &seen.probed)));
-    if !seen.ended.rows.is_empty() {
+    table(&mut text, &cells(&seen.probed.rows, since(|seen| &seen.probed.rows)));
+    if !seen.ended.is_empty() {
         line(&mut text, format_args!("\ninstances that have ended, and their zygotes"));
         table(&mut text, &cells(&seen.ended, since(|seen| &seen.ended)));
     }

@@ -39,7 +39,7 @@ pub fn trace(
         let traced = owner.probes(|probes| probes.trace(on));
         level.and_then(Result::err).or(traced.and_then(Result::err))
     };
-    if let Some(error) = set(Level::Calls, true) {
+    if let Some(error) = set(Level::Trace, true) {
         drop(set(level, false));
         return Ok(Answer::Failed(runtime::sys::chain(&error)));
     }

@@ -37,7 +37,7 @@ pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
 
 pub fn wait(args: &InstanceArgs) -> Result<u8, CliError> {
     let (line, instance) = client::find(&args.instance)?;
-    let Answer::Ended { code, why } = line.ask(&Ask::Wait { instance: instance.uuid })? else {
+    let Answer::Exited { code, why } = line.ask(&Ask::Wait { instance: instance.uuid })? else {
         return Err(unexpected());
     };
     if args.json {
@@ -54,7 +54,7 @@ pub fn wait(args: &InstanceArgs) -> Result<u8, CliError> {
 pub fn stop(args: &StopArgs) -> Result<u8, CliError> {
     let (line, instance) = alive(&args.instance)?;
     let ask = Ask::Stop { instance: instance.uuid, code: args.code };
-    let Answer::Ended { code, .. } = with_progress("stopping", || line.ask(&ask))? else {
+    let Answer::Exited { code, .. } = with_progress("stopping", || line.ask(&ask))? else {
         return Err(unexpected());
     };
     if args.json {

@@ -37,11 +37,9 @@ pub enum Ask {
     Resume { instance: Uuid },
     /// Counters.
     Stats { instance: Uuid },
-    /// What the probes counted of an instance, or of all that have ended: in parts, then
+    /// What was counted of an instance, and of all that have ended: in parts, then
     /// [`Answer::Done`].
-    Probes { instance: Option<Uuid> },
-    /// KVM's own statistics.
-    KvmStats { instance: Uuid },
+    Probes { instance: Uuid },
     /// The next fork with everything in it; `branch` makes it.
     Trace { instance: Uuid, branch: bool },
 }
@@ -55,13 +53,13 @@ pub enum Answer {
     /// A fork was made.
     Children(Vec<Uuid>),
     /// The instance has ended.
-    Ended { code: i32, why: Option<String> },
-    /// Counters.
-    Stats(Stats),
-    /// What the probes counted, or a part of it.
+    Exited { code: i32, why: Option<String> },
+    /// Counters, and KVM's own statistics.
+    Stats { stats: Stats, kvm: BTreeMap<String, u64> },
+    /// What was counted of the instance, or a part of it.
     Probes(Probed),
-    /// KVM's own statistics.
-    KvmStats(BTreeMap<String, u64>),
+    /// And of all instances that have ended.
+    Ended(Vec<Row>),
     /// A fork.
     Traced(Box<Traced>),
     /// So many were killed.
@@ -72,10 +70,10 @@ pub enum Answer {
     Failed(String),
 }
 
-/// What the probes counted.
+/// What was counted of an instance: by probes in the kernel, and by itself.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Probed {
-    /// Why there are none.
+    /// Why there are no probes.
     pub off: Option<String>,
     /// What is measured, and how.
     pub measured: Vec<String>,

@@ -1,5 +1,6 @@
 //! What is told of a fork when it is over.
 
+use ebpf_loader::{Counted, Metric, Role};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -85,6 +86,32 @@ impl ForkReport {
         (self.failed.is_none()).then_some(last.max(self.parent.resumed))
     }
 
+    /// Adds the stages of a fork that was made: of the parent, and of each child.
+    pub fn count_stages(&self, counted: &mut Counted) {
+        if self.failed.is_some() {
+            return;
+        }
+        let parent = &self.parent;
+        let moments = [
+            (Metric::StageTakeWake, parent.woken),
+            (Metric::StageQuiesce, parent.quiesced),
+            (Metric::StageSettle, parent.settled),
+            (Metric::StageCapturePages, parent.pages),
+            (Metric::StageCaptureState, parent.released),
+            (Metric::StageResume, parent.resumed),
+        ];
+        count_stages(counted, Role::Parent, 0, &moments);
+        for child in &self.children {
+            let moments = [
+                (Metric::StageApply, child.applied),
+                (Metric::StageRestore, child.restored),
+                (Metric::StageCommit, child.entered),
+                (Metric::StageRun, child.exited),
+            ];
+            count_stages(counted, Role::Child, child.awake, &moments);
+        }
+    }
+
     pub(super) fn parent_moments(block: &ForkBlock) -> ParentMoments {
         let since = Since::new(&block.stamps);
         ParentMoments {
@@ -96,6 +123,15 @@ impl ForkReport {
             released: since.of(&block.stamps, Moment::Released),
             resumed: since.of(&block.stamps, Moment::Resumed),
         }
+    }
+}
+
+/// Each stage ends where the next begins.
+fn count_stages(counted: &mut Counted, role: Role, begin: u64, moments: &[(Metric, u64)]) {
+    let mut before = begin;
+    for (metric, at) in moments {
+        counted.entry((role, *metric)).or_default().record(at.saturating_sub(before));
+        before = *at;
     }
 }
 

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{Instance, Stopped};
 use crate::fork::{ForkError, Keeper, Link, MOST_STANDBYS, Shared, Step};
+use crate::kvm::calls;
 use crate::memory::PAGE;
 use crate::proto::{Envelope, Event, Failure, MAX_MESSAGE, Reply, Request, Stats};
 use crate::sys::{self, SysError, chain, now_ns};
@@ -221,7 +222,10 @@ impl Control<'_> {
             }
         }
         for event in instance.take_events() {
-            self.gone |= matches!(event, Event::Exited { .. });
+            if matches!(event, Event::Exited { .. }) {
+                self.gone = true;
+                self.send(&Event::Calls { rows: ebpf_loader::rows(&calls::counted()) });
+            }
             self.send(&event);
         }
         if self.old_link.is_some() { Some(Duration::from_millis(1)) } else { tick.wait }
@@ -320,6 +324,7 @@ impl Control<'_> {
                 Ok(statistics) => Ok(Reply::KvmStats(statistics)),
                 Err(error) => Err(plain(error.errno(), &chain(&error))),
             },
+            Request::Calls => Ok(Reply::Calls(ebpf_loader::rows(&calls::counted()))),
             Request::Stop { code } => {
                 self.paused = None;
                 instance.exit(code, None);

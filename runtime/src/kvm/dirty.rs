@@ -21,6 +21,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 
 use super::KvmError;
+use super::calls::timed;
 use crate::memory::{PAGE, RamLayout};
 
 /// `_IO(KVMIO, 0xc7)`.
@@ -195,7 +196,7 @@ impl DirtyLog {
         match &mut self.source {
             Source::Ring(_) => {
                 // SAFETY: no argument.
-                let result = unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
+                let result = timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) });
                 if result < 0 { Err(last("KVM_RESET_DIRTY_RINGS")) } else { Ok(()) }
             }
             Source::Bitmap { pending, .. } => {
@@ -218,7 +219,7 @@ fn get_dirty_log(vm: &VmFd, slot: u32, map: &mut [u64]) -> Result<(), KvmError> 
         },
     };
     // SAFETY: the map has one bit per page of the slot, rounded up to 64 as KVM asks.
-    let result = unsafe { libc::ioctl(vm.as_raw_fd(), GET_DIRTY_LOG, &raw const log) };
+    let result = timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), GET_DIRTY_LOG, &raw const log) });
     if result < 0 { Err(last("KVM_GET_DIRTY_LOG")) } else { Ok(()) }
 }
 
@@ -232,7 +233,8 @@ fn clear_dirty_log(vm: &VmFd, slot: u32, pages: u64, map: &mut [u64]) -> Result<
         },
     };
     // SAFETY: as in `get_dirty_log`.
-    let result = unsafe { libc::ioctl(vm.as_raw_fd(), CLEAR_DIRTY_LOG, &raw const clear) };
+    let result =
+        timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), CLEAR_DIRTY_LOG, &raw const clear) });
     if result < 0 { Err(last("KVM_CLEAR_DIRTY_LOG")) } else { Ok(()) }
 }
 

@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use super::calls::timed;
 use super::statistics::Statistics;
 use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu};
 use crate::memory::{Mapping, RamLayout};
@@ -85,7 +86,7 @@ impl Machine {
         track: bool,
     ) -> Result<(Self, Vec<Vcpu>, DirtyLog), KvmError> {
         let vm = host.kvm.create_vm().map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
-        vm.set_tss_address(TSS_ADDRESS).map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
+        timed(|| vm.set_tss_address(TSS_ADDRESS)).map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
         let ring = config.dirty == DirtyMode::Ring && host.has_dirty_ring();
         let entries = config.ring_entries.min(host.ring_entries.max(1));
         let mut cap = kvm_enable_cap::default();
@@ -97,22 +98,20 @@ impl Machine {
             cap.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
             cap.args[0] = 1;
         }
-        vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
+        timed(|| vm.enable_cap(&cap)).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
         if host.triple_fault_event {
             // A rehearsal that crashes may be stopped before KVM has told: without this the crash
             // would be no part of the state that is put back, and come up in the child.
             let cap = KVM_CAP_X86_TRIPLE_FAULT_EVENT;
             let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..<_>::default() };
-            vm.enable_cap(&cap).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
+            timed(|| vm.enable_cap(&cap)).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
         }
         let mut machine = Self { vm, config, statistics: Vec::new() };
         machine.set_memslots(mapping, track)?;
-        machine.vm.create_irq_chip().map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
+        timed(|| machine.vm.create_irq_chip()).map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
         let mut vcpus = Vec::with_capacity(config.vcpus as usize);
         for index in 0..config.vcpus {
-            let fd = machine
-                .vm
-                .create_vcpu(u64::from(index))
+            let fd = timed(|| machine.vm.create_vcpu(u64::from(index)))
                 .map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
             machine.statistics.extend(Statistics::of(&fd));
             vcpus.push(Vcpu::new(host, fd, index)?);
@@ -135,9 +134,9 @@ impl Machine {
     pub fn mask_pics(&self) -> Result<(), KvmError> {
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            self.vm.get_irqchip(&mut chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
+            timed(|| self.vm.get_irqchip(&mut chip)).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
             chip.chip.pic.imr = 0xff;
-            self.vm.set_irqchip(&chip).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
+            timed(|| self.vm.set_irqchip(&chip)).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
         }
         Ok(())
     }
@@ -149,7 +148,7 @@ impl Machine {
     /// What KVM says.
     pub fn pulse(&self, gsi: u32) -> Result<(), KvmError> {
         for level in [true, false] {
-            self.vm.set_irq_line(gsi, level).map_err(KvmError::ioctl("KVM_IRQ_LINE"))?;
+            timed(|| self.vm.set_irq_line(gsi, level)).map_err(KvmError::ioctl("KVM_IRQ_LINE"))?;
         }
         Ok(())
     }
@@ -180,7 +179,7 @@ impl Machine {
             };
             // SAFETY: the range lies inside the mapping (the layout is as long as the mapping),
             // which outlives the machine by the contract of `new`; slots do not overlap.
-            unsafe { self.vm.set_user_memory_region(region) }
+            timed(|| unsafe { self.vm.set_user_memory_region(region) })
                 .map_err(KvmError::ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
@@ -225,7 +224,7 @@ impl Machine {
         let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
         for (chip, id) in state.irqchips.iter_mut().zip(chips) {
             chip.chip_id = id;
-            self.vm.get_irqchip(chip).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
+            timed(|| self.vm.get_irqchip(chip)).map_err(KvmError::ioctl("KVM_GET_IRQCHIP"))?;
         }
         Ok(())
     }
@@ -236,7 +235,7 @@ impl Machine {
     ///
     /// What `KVM_GET_CLOCK` says.
     pub fn save_clock(&self, state: &mut VmState) -> Result<(), KvmError> {
-        state.clock = self.vm.get_clock().map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
+        state.clock = timed(|| self.vm.get_clock()).map_err(KvmError::ioctl("KVM_GET_CLOCK"))?;
         state.clock_read_ns = now_ns();
         Ok(())
     }
@@ -248,7 +247,7 @@ impl Machine {
     /// What `KVM_SET_IRQCHIP` says.
     pub fn restore_irqchips(&self, state: &VmState) -> Result<(), KvmError> {
         for chip in &state.irqchips {
-            self.vm.set_irqchip(chip).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
+            timed(|| self.vm.set_irqchip(chip)).map_err(KvmError::ioctl("KVM_SET_IRQCHIP"))?;
         }
         Ok(())
     }
@@ -273,6 +272,6 @@ impl Machine {
             // No exact pair on this host (an unstable TSC, or Linux before 5.16).
             clock.clock += now_ns() - state.clock_read_ns;
         }
-        self.vm.set_clock(&clock).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
+        timed(|| self.vm.set_clock(&clock)).map_err(KvmError::ioctl("KVM_SET_CLOCK"))
     }
 }

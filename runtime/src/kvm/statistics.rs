@@ -10,6 +10,7 @@ use kvm_bindings::{kvm_stats_desc, kvm_stats_header};
 use kvm_ioctls::VcpuFd;
 
 use super::KvmError;
+use super::calls::timed;
 
 /// `_IO(KVMIO, 0xce)`.
 const GET_STATS_FD: libc::c_ulong = 0xaece;
@@ -25,7 +26,7 @@ impl Statistics {
     /// Those of `vcpu`; `None` if this KVM has none (before Linux 5.14).
     pub(super) fn of(vcpu: &VcpuFd) -> Option<Self> {
         // SAFETY: the descriptor is open as long as `vcpu` is borrowed; no memory is passed.
-        let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_STATS_FD, 0) };
+        let fd = timed(|| unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_STATS_FD, 0) });
         if fd < 0 {
             return None;
         }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
+use super::calls::timed;
 use super::host::Host;
 use super::{KvmError, VcpuState};
 
@@ -64,7 +65,8 @@ impl Kick {
 
 impl Vcpu {
     pub(super) fn new(host: &Host, mut fd: VcpuFd, index: u32) -> Result<Self, KvmError> {
-        fd.set_cpuid2(&host.cpuid_of(index)).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
+        timed(|| fd.set_cpuid2(&host.cpuid_of(index)))
+            .map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         for set in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
             fd.set_sync_valid_reg(set);
         }
@@ -204,12 +206,12 @@ impl Vcpu {
         state.events = sync.events;
         self.save_xsave(state)?;
         self.save_msrs(state)?;
-        state.lapic = self.fd.get_lapic().map_err(KvmError::ioctl("KVM_GET_LAPIC"))?;
+        state.lapic = timed(|| self.fd.get_lapic()).map_err(KvmError::ioctl("KVM_GET_LAPIC"))?;
         // A vCPU whose last exit was an access of its own was running.
         state.mp = if self.accessed {
             kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE }
         } else {
-            self.fd.get_mp_state().map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?
+            timed(|| self.fd.get_mp_state()).map_err(KvmError::ioctl("KVM_GET_MP_STATE"))?
         };
         Ok(())
     }
@@ -220,9 +222,10 @@ impl Vcpu {
     ///
     /// The ioctl that failed.
     pub fn save_rest(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
-        state.debug = self.fd.get_debug_regs().map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
+        state.debug =
+            timed(|| self.fd.get_debug_regs()).map_err(KvmError::ioctl("KVM_GET_DEBUGREGS"))?;
         if self.xcrs {
-            state.xcrs = self.fd.get_xcrs().map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
+            state.xcrs = timed(|| self.fd.get_xcrs()).map_err(KvmError::ioctl("KVM_GET_XCRS"))?;
         }
         Ok(())
     }
@@ -250,7 +253,8 @@ impl Vcpu {
 
     fn save_msrs(&mut self, state: &mut VcpuState) -> Result<(), KvmError> {
         let requested = self.msrs.as_slice().len();
-        let applied = self.fd.get_msrs(&mut self.msrs).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
+        let applied =
+            timed(|| self.fd.get_msrs(&mut self.msrs)).map_err(KvmError::ioctl("KVM_GET_MSRS"))?;
         if applied != requested {
             let index = self.msrs.as_slice()[applied].index;
             return Err(KvmError::ShortMsrs { name: "KVM_GET_MSRS", applied, requested, index });
@@ -268,7 +272,7 @@ impl Vcpu {
     /// The ioctl that failed; [`KvmError::ShortMsrs`] if an MSR was refused.
     pub fn restore(&mut self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
         if self.xcrs && from.is_none_or(|from| to.xcrs != from.xcrs) {
-            self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
+            timed(|| self.fd.set_xcrs(&to.xcrs)).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
         }
         self.restore_most(to, from)?;
         self.restore_debug(to, from)
@@ -282,7 +286,7 @@ impl Vcpu {
     /// The ioctl that failed.
     pub fn restore_rest(&mut self, to: &VcpuState, from: &VcpuState) -> Result<(), KvmError> {
         if self.xcrs && to.xcrs != from.xcrs {
-            self.fd.set_xcrs(&to.xcrs).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
+            timed(|| self.fd.set_xcrs(&to.xcrs)).map_err(KvmError::ioctl("KVM_SET_XCRS"))?;
             // Checked against the control register when it was set, so it is set again.
             self.restore_xsave(to)?;
         }
@@ -291,7 +295,8 @@ impl Vcpu {
 
     fn restore_debug(&self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
         if from.is_none_or(|from| to.debug != from.debug) {
-            self.fd.set_debug_regs(&to.debug).map_err(KvmError::ioctl("KVM_SET_DEBUGREGS"))?;
+            timed(|| self.fd.set_debug_regs(&to.debug))
+                .map_err(KvmError::ioctl("KVM_SET_DEBUGREGS"))?;
         }
         Ok(())
     }
@@ -316,13 +321,13 @@ impl Vcpu {
             self.set_sregs(&to.sregs)?;
         }
         if differs(|a, b| a.lapic == b.lapic) {
-            self.fd.set_lapic(&to.lapic).map_err(KvmError::ioctl("KVM_SET_LAPIC"))?;
+            timed(|| self.fd.set_lapic(&to.lapic)).map_err(KvmError::ioctl("KVM_SET_LAPIC"))?;
         }
         if differs(|a, b| a.msrs() == b.msrs()) {
             self.restore_msrs(to)?;
         }
         if differs(|a, b| a.mp == b.mp) {
-            self.fd.set_mp_state(to.mp).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))?;
+            timed(|| self.fd.set_mp_state(to.mp)).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))?;
         }
         let sync = self.fd.sync_regs_mut();
         sync.regs = to.regs;
@@ -342,7 +347,7 @@ impl Vcpu {
             // would stay, and QEMU's SVM then refuses ports to user mode, whatever the TSS allows.
             sregs.tr.type_ = TSS_AVAILABLE;
         }
-        self.fd.set_sregs(&sregs).map_err(KvmError::ioctl("KVM_SET_SREGS"))
+        timed(|| self.fd.set_sregs(&sregs)).map_err(KvmError::ioctl("KVM_SET_SREGS"))
     }
 
     fn restore_xsave(&self, to: &VcpuState) -> Result<(), KvmError> {
@@ -370,7 +375,7 @@ impl Vcpu {
         argument: *mut libc::c_void,
     ) -> Result<(), KvmError> {
         // SAFETY: by this function's contract.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, argument) };
+        let result = timed(|| unsafe { libc::ioctl(self.fd.as_raw_fd(), request, argument) });
         if result < 0 {
             Err(KvmError::Ioctl { name, source: io::Error::last_os_error() })
         } else {
@@ -389,7 +394,8 @@ impl Vcpu {
             });
         }
         self.msrs.as_mut_slice().copy_from_slice(from);
-        let applied = self.fd.set_msrs(&self.msrs).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
+        let applied =
+            timed(|| self.fd.set_msrs(&self.msrs)).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
         if applied == requested {
             Ok(())
         } else {
@@ -406,7 +412,7 @@ impl Vcpu {
     pub fn set_msr(&self, index: u32, data: u64) -> Result<(), KvmError> {
         let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
             .map_err(|_| KvmError::TooLarge { what: "the MSR list", needed: 1, room: 0 })?;
-        match self.fd.set_msrs(&one).map_err(KvmError::ioctl("KVM_SET_MSRS"))? {
+        match timed(|| self.fd.set_msrs(&one)).map_err(KvmError::ioctl("KVM_SET_MSRS"))? {
             1 => Ok(()),
             applied => {
                 Err(KvmError::ShortMsrs { name: "KVM_SET_MSRS", applied, requested: 1, index })
@@ -421,7 +427,7 @@ impl Vcpu {
     /// What `KVM_SET_MP_STATE` says.
     pub fn set_runnable(&self) -> Result<(), KvmError> {
         let state = kvm_bindings::kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE };
-        self.fd.set_mp_state(state).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))
+        timed(|| self.fd.set_mp_state(state)).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))
     }
 
     /// Guest TSC frequency in kHz.
@@ -430,7 +436,7 @@ impl Vcpu {
     ///
     /// What `KVM_GET_TSC_KHZ` says.
     pub fn tsc_khz(&self) -> Result<u32, KvmError> {
-        self.fd.get_tsc_khz().map_err(KvmError::ioctl("KVM_GET_TSC_KHZ"))
+        timed(|| self.fd.get_tsc_khz()).map_err(KvmError::ioctl("KVM_GET_TSC_KHZ"))
     }
 
     /// What has to be added to the host's TSC to get the guest's, in ticks (wrapping);
@@ -470,10 +476,10 @@ impl Vcpu {
         regs: &kvm_bindings::kvm_regs,
         change: impl FnOnce(&mut kvm_bindings::kvm_sregs),
     ) -> Result<(), KvmError> {
-        let mut sregs = self.fd.get_sregs().map_err(KvmError::ioctl("KVM_GET_SREGS"))?;
+        let mut sregs = timed(|| self.fd.get_sregs()).map_err(KvmError::ioctl("KVM_GET_SREGS"))?;
         change(&mut sregs);
         self.set_sregs(&sregs)?;
-        self.fd.set_regs(regs).map_err(KvmError::ioctl("KVM_SET_REGS"))
+        timed(|| self.fd.set_regs(regs)).map_err(KvmError::ioctl("KVM_SET_REGS"))
     }
 }
 

@@ -21,17 +21,16 @@ mod agents;
 mod error;
 mod folder;
 mod listen;
+mod measured;
 mod probes;
 mod root;
 mod state;
 
-use std::collections::BTreeMap;
 use std::io::PipeReader;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ebpf_loader::{Level, ProbeError, Probes};
 use uuid::Uuid;
 
 pub use crate::program::play_part as instance_if_asked;
@@ -45,7 +44,7 @@ use state::{Memory, Shared};
 
 use crate::agent::{self, Agent, AgentError};
 use crate::fork::ForkReport;
-use crate::proto::{Envelope, InstanceConfig, Reply, Request, Stats, WireStep};
+use crate::proto::{Envelope, InstanceConfig, Reply, Request, WireStep};
 use crate::sys::{self, SysError};
 
 /// How long killed instances may take to be gone.
@@ -104,20 +103,6 @@ impl Owner {
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.folder.path()
-    }
-
-    /// Measures every instance that is started from now on, with what it forks.
-    ///
-    /// # Errors
-    ///
-    /// Why that cannot be. Everything else works.
-    pub fn probe(&self, level: Level) -> Result<(), ProbeError> {
-        self.shared.watch.load(level)
-    }
-
-    /// What `f` makes of the probes; `None` if there are none.
-    pub fn probes<R>(&self, f: impl FnOnce(&mut Probes) -> R) -> Option<R> {
-        self.shared.watch.lock().as_mut().map(f)
     }
 
     /// Starts a root instance and returns when it runs.
@@ -258,31 +243,6 @@ impl Owner {
         match self.ask(uuid, Request::Branch { children })? {
             Reply::Forked { children } => Ok(children),
             _ => Ok(Vec::new()),
-        }
-    }
-
-    /// Counters of an instance.
-    ///
-    /// # Errors
-    ///
-    /// That it is gone.
-    pub fn stats(&self, uuid: Uuid) -> Result<Stats, OwnerError> {
-        match self.ask(uuid, Request::Stats)? {
-            Reply::Stats(stats) => Ok(stats),
-            _ => Ok(Stats::default()),
-        }
-    }
-
-    /// KVM's own statistics of an instance, over all vCPUs: what KVM calls them, and how much. Empty
-    /// where KVM keeps none.
-    ///
-    /// # Errors
-    ///
-    /// That it is gone.
-    pub fn kvm_stats(&self, uuid: Uuid) -> Result<BTreeMap<String, u64>, OwnerError> {
-        match self.ask(uuid, Request::KvmStats)? {
-            Reply::KvmStats(statistics) => Ok(statistics),
-            _ => Ok(BTreeMap::new()),
         }
     }
 

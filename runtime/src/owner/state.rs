@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebpf_loader::Counted;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use uuid::Uuid;
@@ -43,6 +44,8 @@ pub struct Known {
     pub console: Vec<u8>,
     /// Lines for the log.
     pub notes: Vec<String>,
+    /// Stages of its forks; at its end its calls to KVM, too.
+    pub counted: Counted,
     /// How long arming took.
     pub armed_us: Option<u64>,
     /// Exit code and reason, once it has said so.
@@ -88,6 +91,8 @@ pub(super) struct State {
     next_request: u64,
     /// In the order in which they ended, if only some are kept.
     ended: VecDeque<Uuid>,
+    /// What was counted of instances that have ended, all together.
+    pub(super) counted_of_ended: Counted,
     /// How often the listening thread has heard of [`Shared::settle`].
     settled: u64,
     pub(super) stopped: bool,
@@ -294,6 +299,7 @@ impl State {
     fn end(&mut self, uuid: Uuid, memory: Memory) {
         let Some(known) = self.instances.get_mut(&uuid) else { return };
         known.gone = true;
+        ebpf_loader::merge(&mut self.counted_of_ended, &known.counted);
         // Whoever started a root asks how it ended, however many ended since.
         if memory == Memory::Little && known.parent.is_some() {
             self.ended.push_back(uuid);
@@ -349,6 +355,7 @@ impl State {
                     last_fork: None,
                     console: Vec::new(),
                     notes: Vec::new(),
+                    counted: Counted::new(),
                     armed_us: None,
                     exit: None,
                     gone: false,
@@ -369,6 +376,7 @@ impl Known {
     fn keep(&mut self, event: Event, memory: Memory) {
         if let Event::Forked(report) = &event {
             self.last_fork = Some((**report).clone());
+            report.count_stages(&mut self.counted);
         }
         match event {
             Event::Hello { .. } | Event::Zygote { .. } => {}
@@ -384,6 +392,9 @@ impl Known {
             }
             Event::Console { bytes } => self.console.extend(bytes),
             Event::Note { text } => self.notes.push(text),
+            Event::Calls { rows } => {
+                ebpf_loader::merge(&mut self.counted, &ebpf_loader::counted(&rows));
+            }
             Event::Exited { code, reason } => self.exit = Some((code, reason)),
         }
     }
