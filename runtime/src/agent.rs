@@ -4,7 +4,7 @@
 //! of Firecracker's vsock: `CONNECT port`, `OK port`, and from there on what the guest says.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -113,6 +113,10 @@ impl Agent {
             match stream.read(&mut byte) {
                 Ok(0) => return Err(AgentError::NoAgent),
                 Ok(_) => line.push(byte[0]),
+                // Its driver has not looked at what waits for it.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return Err(AgentError::NoAgent);
+                }
                 Err(error) => return Err(lost(error)),
             }
         }

@@ -184,6 +184,10 @@ pub struct BranchArgs {
     #[arg(short = 'n', long = "children", value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=128))]
     pub children: u32,
+    /// Fork a Linux guest without an agent, too: its child has the same random numbers, names and
+    /// connections
+    #[arg(long)]
+    pub unaware: bool,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,

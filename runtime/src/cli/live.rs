@@ -10,11 +10,15 @@ use ratatui::text::Line;
 use ratatui::widgets::{Paragraph, Row, Table, TableState, Wrap};
 
 use super::error::CliError;
+use super::signals::Signals;
 use super::stats::{HEADS, Seen, cells, counters, kvm_line, losses, remarks};
 
 /// Columns of counters.
 const COLUMNS: usize = 3;
 const KEYS: &str = "q quit · ↑ ↓ scroll · e instance / those that have ended";
+
+/// How long signals are waited for at a time.
+const LONG: Duration = Duration::from_hours(1);
 
 /// What the user looks at.
 #[derive(Debug, Default)]
@@ -36,6 +40,7 @@ pub fn show(look: impl Fn() -> Result<Seen, CliError>, interval: Duration) -> Re
     let mut now = look()?;
     let mut before: Option<Seen> = None;
     let mut view = View::default();
+    restore_when_ended(Signals::block()?)?;
     let broken = |error| CliError::internal(format!("the terminal cannot be used: {error}"));
     let mut terminal = ratatui::try_init().map_err(broken)?;
     let result = loop {
@@ -55,6 +60,23 @@ pub fn show(look: impl Fn() -> Result<Seen, CliError>, interval: Duration) -> Re
     };
     ratatui::restore();
     result
+}
+
+/// Whoever ends this process from outside finds the terminal as it was.
+fn restore_when_ended(signals: Signals) -> Result<(), CliError> {
+    let wait = move || {
+        let signal = loop {
+            if let Some(signal) = signals.wait(LONG) {
+                break signal;
+            }
+        };
+        ratatui::restore();
+        std::process::exit(128 + signal);
+    };
+    let thread = std::thread::Builder::new().name("signals".into()).spawn(wait);
+    thread
+        .map(drop)
+        .map_err(|error| CliError::internal(format!("a thread cannot be started: {error}")))
 }
 
 /// Waits for a key or until `end`.

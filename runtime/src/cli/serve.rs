@@ -104,8 +104,13 @@ impl Server {
     fn answer(&self, ask: &Ask, connection: &OwnedFd) -> Vec<Answer> {
         let answer = match *ask {
             Ask::List => return self.list(),
-            Ask::Branch { instance, children } => {
-                self.owner.branch(instance, children).map(Answer::Children)
+            Ask::Branch { instance, children, unaware } => {
+                let made = if unaware {
+                    self.owner.branch_unaware(instance, children)
+                } else {
+                    self.owner.branch(instance, children)
+                };
+                made.map(Answer::Children)
             }
             Ask::Wait { instance } => self.wait(instance, connection),
             Ask::Stop { instance, code } => self.stop(instance, code),

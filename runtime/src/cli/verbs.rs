@@ -19,7 +19,8 @@ const TICK: Duration = Duration::from_millis(100);
 
 pub fn branch(args: &BranchArgs) -> Result<u8, CliError> {
     let (line, parent) = alive(&args.instance)?;
-    let ask = Ask::Branch { instance: parent.uuid, children: args.children };
+    let BranchArgs { children, unaware, .. } = *args;
+    let ask = Ask::Branch { instance: parent.uuid, children, unaware };
     let text = match args.children {
         1 => "forking".to_owned(),
         children => format!("forking {children} children"),

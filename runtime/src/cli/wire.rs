@@ -23,8 +23,8 @@ pub const REASON_CHARS: usize = 120;
 pub enum Ask {
     /// All instances, also those that have ended lately.
     List,
-    /// Forks.
-    Branch { instance: Uuid, children: u32 },
+    /// Forks; a guest that cannot be told as well, if that is wanted.
+    Branch { instance: Uuid, children: u32, unaware: bool },
     /// Answers once the instance has ended.
     Wait { instance: Uuid },
     /// Ends an instance with a code.

@@ -19,6 +19,13 @@ pub enum OwnerError {
     /// A guest does not fork itself.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// A Linux guest cannot be told that it was forked.
+    #[error(
+        "no agent answers in the guest: it was booted without one (see `runtime image`), or is not \
+         up yet. A child would not know that it is another machine, and have the same random numbers; \
+         `runtime branch --unaware` makes it all the same"
+    )]
+    Unaware,
     /// There is no such instance, or no more.
     #[error("there is no instance {0}")]
     Unknown(Uuid),

@@ -38,7 +38,7 @@ impl Folder {
         // Those of dead owners go first.
         drop(live(&base));
         for _ in 0..ATTEMPTS {
-            let path = base.join(Uuid::new_v4().simple().to_string());
+            let path = base.join(name());
             DirBuilder::new().mode(0o700).create(&path).map_err(making)?;
             let Ok(lock) = open(&path) else { continue };
             rustix::fs::flock(&lock, FlockOperation::LockExclusive)
@@ -62,6 +62,16 @@ impl Drop for Folder {
     }
 }
 
+/// A new name, no longer than it must be: the paths of sockets have little room.
+fn name() -> String {
+    let (half, _) = Uuid::new_v4().as_u64_pair();
+    format!("{half:016x}")
+}
+
+fn is_name(name: &str) -> bool {
+    name.len() == 16 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 /// The folders of all owners of this user that live. Those of dead ones are removed.
 ///
 /// # Errors
@@ -73,9 +83,7 @@ pub fn folders() -> Result<Vec<PathBuf>, SysError> {
 
 fn live(base: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(base).into_iter().flatten().flatten();
-    let ours = entries.filter(|entry| {
-        entry.file_name().to_str().is_some_and(|name| Uuid::try_parse(name).is_ok())
-    });
+    let ours = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_name));
     let mut folders: Vec<_> = ours.map(|entry| entry.path()).filter(|path| is_live(path)).collect();
     folders.sort();
     folders
@@ -153,8 +161,8 @@ mod tests {
     fn only_locked_folders_stay() {
         let base = std::env::temp_dir().join(format!("ukp-test-{}", Uuid::new_v4().simple()));
         fs::create_dir(&base).expect("a new folder");
-        let dead = base.join(Uuid::new_v4().simple().to_string());
-        let alive = base.join(Uuid::new_v4().simple().to_string());
+        let dead = base.join(name());
+        let alive = base.join(name());
         let other = base.join("something-else");
         for folder in [&dead, &alive, &other] {
             fs::create_dir(folder).expect("a new folder");

@@ -197,23 +197,21 @@ impl Owner {
 
     /// Forks an instance from the host's side, all children or none.
     ///
-    /// A guest with an agent forks itself, one child after the other: its kernel would give the same
-    /// random bytes in a child that nobody has told what it is. Without an agent nobody can be told.
+    /// A Linux guest forks itself, by its agent, one child after the other: its kernel would give the
+    /// same random bytes in a child that nobody has told what it is.
     ///
     /// # Errors
     ///
-    /// The step that failed ([`OwnerError::fork_failure`]), or what the agent says.
+    /// The step that failed ([`OwnerError::fork_failure`]), what the agent says, or that there is none.
     pub fn branch(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
         let socket = agent::socket_of(self.folder.path(), uuid);
         if !socket.exists() {
-            return self.branch_from_outside(uuid, children);
+            return self.branch_unaware(uuid, children);
         }
         let mut made = Vec::new();
         for _ in 0..children {
             let child = match Agent::connect(&socket) {
-                Err(AgentError::NoAgent) if made.is_empty() => {
-                    return self.branch_from_outside(uuid, children);
-                }
+                Err(AgentError::NoAgent) => Err(OwnerError::Unaware),
                 Err(error) => Err(error.into()),
                 Ok(agent) => agent.fork().map_err(OwnerError::from),
             };
@@ -238,8 +236,13 @@ impl Owner {
         if known == Some(parent) { Ok(child) } else { Err(OwnerError::Unknown(child)) }
     }
 
-    /// Nobody in the guest is asked or told.
-    fn branch_from_outside(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
+    /// As [`Owner::branch`], but nobody in the guest is asked or told: a Linux child has its parent's
+    /// random numbers, names and connections.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed.
+    pub fn branch_unaware(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
         match self.ask(uuid, Request::Branch { children })? {
             Reply::Forked { children } => Ok(children),
             _ => Ok(Vec::new()),

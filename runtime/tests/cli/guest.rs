@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::tools::{Folder, holds, same};
+use super::tools::{Folder, holds, same, start};
 
 /// Says hello, forks `CHILDREN`, exits with 10; child n pauses, says so, and exits with 20 + n.
 const FORKS: &str = r#"
@@ -49,6 +49,13 @@ child_end:
         .bss
         .balign 128
 answer: .skip   96
+        .section .note.GNU-stack, "", @progbits
+"#;
+
+const SPINS: &str = r#"
+        .globl  _start
+_start: pause
+        jmp     _start
         .section .note.GNU-stack, "", @progbits
 "#;
 
@@ -200,6 +207,22 @@ pub fn a_linux_guest_that_cannot_boot_is_refused() -> Result<(), Failed> {
         holds(done.err.starts_with("error: ") && done.err.contains(expected), &(words, &done))?;
         same(&folder.owners(), &0, &"an owner's folder was left")?;
     }
+    Ok(())
+}
+
+/// Nobody in it could tell a child that it is one.
+pub fn a_linux_guest_without_an_agent_is_forked_only_if_that_is_said() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = guest(&folder, SPINS, &STATIC)?;
+    let (mut run, root) = start(&folder, &["--kernel", &elf])?;
+    let root = root.to_string();
+    let refused = folder.done(&["branch", &root])?;
+    same(&(refused.code, refused.err.lines().count()), &(70, 1), &refused)?;
+    holds(refused.err.contains("no agent answers") && refused.err.contains("--unaware"), &refused)?;
+    let made = folder.json(&["branch", &root, "--unaware", "--json"])?;
+    same(&made["children"].as_array().map(Vec::len), &Some(1), &made)?;
+    run.kill()?;
+    run.wait()?;
     Ok(())
 }
 

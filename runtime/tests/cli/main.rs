@@ -31,6 +31,10 @@ const DIRECT: &[(&str, Test)] = &[
     ("a_crash_has_its_own_code", guest::a_crash_has_its_own_code),
     ("a_wrong_elf_is_refused", guest::a_wrong_elf_is_refused),
     ("a_linux_guest_that_cannot_boot_is_refused", guest::a_linux_guest_that_cannot_boot_is_refused),
+    (
+        "a_linux_guest_without_an_agent_is_forked_only_if_that_is_said",
+        guest::a_linux_guest_without_an_agent_is_forked_only_if_that_is_said,
+    ),
     ("a_folder_with_too_long_a_name_is_refused", guest::a_folder_with_too_long_a_name_is_refused),
     ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
     ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),

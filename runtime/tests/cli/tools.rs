@@ -21,7 +21,8 @@ pub struct Folder(pub PathBuf);
 
 impl Folder {
     pub fn new() -> Result<Self, Failed> {
-        let path = Path::new("/tmp").join(format!("ukp-test-{}", Uuid::new_v4().simple()));
+        let (unique, ..) = Uuid::new_v4().as_fields();
+        let path = Path::new("/tmp").join(format!("ukp-test-{unique:08x}"));
         std::fs::create_dir(&path)?;
         Ok(Self(path))
     }
@@ -116,7 +117,7 @@ pub struct Owner {
 impl Owner {
     pub fn start(more: &[&str]) -> Result<Self, Failed> {
         let folder = Folder::new()?;
-        let (child, root) = start(&folder, more)?;
+        let (child, root) = start(&folder, &[&["--bare"], more].concat())?;
         Ok(Self { folder, child, root })
     }
 
@@ -162,7 +163,7 @@ impl Drop for Owner {
 
 /// Starts an owner and reads from its first note which instance it runs.
 pub fn start(folder: &Folder, more: &[&str]) -> Result<(Child, Uuid), Failed> {
-    let words = [&["run", "--bare", "--memory", "64M"], more].concat();
+    let words = [&["run", "--memory", "64M"], more].concat();
     let mut child = folder.runtime(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let notes = child.stderr.take().ok_or("no stderr")?;
     let mut notes = BufReader::new(notes);

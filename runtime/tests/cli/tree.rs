@@ -129,7 +129,7 @@ pub fn names_must_be_clear() -> Result<(), Failed> {
     let owner = Owner::start(&[])?;
     let folder = &owner.folder;
     // A second owner in the same folder: names are looked up in all of them.
-    let (mut other, second) = start(folder, &[])?;
+    let (mut other, second) = start(folder, &["--bare"])?;
     let root = owner.root.to_string();
     let outcome = (|| {
         // 17 instances: two begin with the same digit.
