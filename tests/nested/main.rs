@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
-use tests::image;
-use tests::nested::{self, Program};
+use nested_host::{Program, image};
 
 mod forks;
 mod linux;
@@ -36,7 +35,7 @@ fn main() {
         return inside(&wanted);
     }
     let arguments = Arguments::from_args();
-    let missing = nested::missing().or_else(image::missing);
+    let missing = nested_host::missing().or_else(image::missing);
     if let Some(missing) = &missing {
         eprintln!("the nested tests are ignored: {missing}");
     }
@@ -74,12 +73,12 @@ fn stopped() -> Result<()> {
     };
     let limit = Duration::from_secs(25);
     let begin = Instant::now();
-    let result = nested::run(&[sleeper], limit, |_| {});
+    let result = nested_host::run(&[sleeper], limit, |_| {});
     let error = format!("{:#}", result.err().context("it came to an end")?);
     ensure!(error.starts_with("after 25 s it was at sleeper; it said last:"), "{error}");
     ensure!(error.ends_with("asleep"), "{error}");
     ensure!(begin.elapsed() < limit + Duration::from_secs(5), "it took {:?}", begin.elapsed());
-    let own = format!("{}{}-", nested::folder_prefix(), std::process::id());
+    let own = format!("{}{}-", nested_host::folder_prefix(), std::process::id());
     let kernels = std::fs::read_dir("/proc")?.flatten().filter(|process| {
         let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&command).contains(&own)
@@ -128,7 +127,7 @@ fn run(wanted: &[&str], told: &mut BTreeMap<String, Result<(), String>>) -> Resu
         files: vec![("vmlinuz".to_owned(), guest.kernel), ("image".to_owned(), guest.path)],
     };
     let begin = Instant::now();
-    nested::run(&[program], LIMIT, |line| {
+    nested_host::run(&[program], LIMIT, |line| {
         eprintln!("nested: {line}");
         if let Some((name, what)) = line.strip_prefix(TOLD).and_then(|line| line.split_once(' ')) {
             let result = if what == "ok" { Ok(()) } else { Err(what.to_owned()) };

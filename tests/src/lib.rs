@@ -8,8 +8,6 @@
 //! | [`memory`] | what a machine's memory must hold |
 //! | [`census`] | what processes hold: descriptors, mappings, memfds |
 //! | [`host`] | what this host can do |
-//! | [`image`] | a Linux image with busybox |
-//! | [`nested`] | a machine under software emulation with a standard KVM |
 //! | [`guest`] | a Linux instance on whatever host this is |
 //! | [`elf`] | guests of a few bytes |
 
@@ -18,9 +16,7 @@ pub mod census;
 pub mod elf;
 pub mod guest;
 pub mod host;
-pub mod image;
 pub mod memory;
-pub mod nested;
 pub mod probes;
 pub mod program;
 pub mod rig;

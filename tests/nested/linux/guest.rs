@@ -12,16 +12,14 @@ use runtime::agent::{Agent, Command, Said, socket_of};
 use runtime::owner::Owner;
 use runtime::proto::InstanceConfig;
 use serde_json::json;
-use tests::image::{self, File};
-use tests::nested::FILES;
+use nested_host::image::{self, File};
+use nested_host::{CHECK, FILES};
 use uuid::Uuid;
 
 /// What a machine reads that is a child.
 pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
 /// How long anything may take: guest and its kernel are emulated twice, on a shared machine.
 pub const LONG: Duration = Duration::from_mins(1);
-/// The program that makes system calls no shell makes.
-static CHECK: &[u8] = include_bytes!(env!("UKP_CHECK"));
 /// Lists processes, and where in the kernel each of them is.
 const LIST: &str = r#"cat /proc/uptime; for p in /proc/[0-9]*; do
     line=$(tr '\0' ' ' < $p/cmdline); [ -n "$line" ] && echo $p in $(cat $p/wchan): $line

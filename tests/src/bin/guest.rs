@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use tests::guest::host::{self, Place};
+use nested_host::Place;
+use tests::guest::host;
 use tests::guest::lines::Lines;
 use tests::guest::tree::{SCRIPT, Tree};
 use tests::guest::{Ask, Event, GuestError, short};

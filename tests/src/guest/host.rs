@@ -1,6 +1,5 @@
 //! Where the instance runs, and how it is run there.
 
-use std::fmt;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,56 +7,15 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use runtime::doctor::{HostKind, host_kind};
+use nested_host::{Place, Program};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::{Ask, Event, GuestError, image};
-use crate::nested::{self, Program};
 
 /// What the nested host can spare for the image and the guest's memory, of its own memory.
 const ROOM_MIB: u64 = 2048;
 /// How long a runtime may take to end its instances.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-
-/// Where Linux guests run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// On this machine's KVM.
-    Here(HostKind),
-    /// On the nested test host.
-    Emulated {
-        /// Why not here.
-        why: String,
-    },
-}
-
-impl Place {
-    /// Looks at this machine.
-    #[must_use]
-    pub fn choose() -> Self {
-        match host_kind() {
-            Ok(HostKind::Direct) => Self::Emulated {
-                why: "this machine's KVM interprets kernels (a direct host)".to_owned(),
-            },
-            Ok(kind) => Self::Here(kind),
-            Err(error) => {
-                Self::Emulated { why: format!("no KVM here ({})", runtime::sys::chain(&error)) }
-            }
-        }
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Here(kind) => write!(formatter, "on this machine's KVM ({} host)", kind.name()),
-            Self::Emulated { why } => write!(
-                formatter,
-                "{why}: using the nested test host, software emulation; Linux is up in about 20 s"
-            ),
-        }
-    }
-}
 
 /// Runs the instance until no descendant is left; returns its exit code. What is no event goes to
 /// stderr.
@@ -66,7 +24,7 @@ impl fmt::Display for Place {
 ///
 /// If there is no such code.
 pub fn run(ask: &Ask, place: &Place, mut told: impl FnMut(Event)) -> Result<i32, GuestError> {
-    if let (None, Some(missing)) = (&ask.image, crate::image::missing()) {
+    if let (None, Some(missing)) = (&ask.image, nested_host::image::missing()) {
         return Err(GuestError::Missing(missing));
     }
     let kernel = match &ask.kernel {
@@ -123,7 +81,7 @@ fn shell(command: &str) -> Vec<String> {
 }
 
 fn emulated(ask: &Ask, kernel: &Path, mut told: impl FnMut(&str)) -> Result<i32, GuestError> {
-    if let Some(missing) = nested::missing() {
+    if let Some(missing) = nested_host::missing() {
         return Err(GuestError::Missing(missing));
     }
     let ready = image::ready(ask.image.as_deref())?;
@@ -146,7 +104,7 @@ fn emulated(ask: &Ask, kernel: &Path, mut told: impl FnMut(&str)) -> Result<i32,
         None => None,
     };
     let path = copy.as_ref().map_or(ready.path, |copy| copy.path().to_owned());
-    let inside = |name: &str| format!("{}/{name}", nested::FILES);
+    let inside = |name: &str| format!("{}/{name}", nested_host::FILES);
     let program = Program {
         name: "runtime".to_owned(),
         path: ask.runtime.clone(),
@@ -156,7 +114,7 @@ fn emulated(ask: &Ask, kernel: &Path, mut told: impl FnMut(&str)) -> Result<i32,
     };
     let begin = Instant::now();
     let mut seen = false;
-    let ended = nested::run(&[program], ask.limit, |line| {
+    let ended = nested_host::run(&[program], ask.limit, |line| {
         seen = true;
         told(line);
     });
@@ -182,7 +140,7 @@ fn here(ask: &Ask, kernel: &Path, mut told: impl FnMut(Event)) -> Result<i32, Gu
     let arguments = arguments(ask, &text(kernel)?, &text(&image)?, &shell(&ask.command));
     let mut command = Command::new(&ask.runtime);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
-    nested::end_with_this_process(&mut command, Signal::TERM);
+    nested_host::end_with_this_process(&mut command, Signal::TERM);
     let mut process = command.spawn().context("starting the runtime")?;
     let output = process.stdout.take().context("the runtime has no output")?;
     let (sender, lines) = channel();

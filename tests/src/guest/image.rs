@@ -27,7 +27,7 @@ pub struct Ready {
 /// What is wrong with the source.
 pub fn ready(source: Option<&Path>) -> Result<Ready> {
     let built = match source {
-        None => crate::image::busybox(&[], &[])?,
+        None => nested_host::image::busybox(&[], &[])?,
         Some(path) if is_image(path) => {
             return Ok(Ready { path: path.to_owned(), config: None });
         }

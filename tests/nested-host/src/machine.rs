@@ -250,7 +250,8 @@ impl Drop for Machine {
 }
 
 #[expect(unsafe_code, reason = "what is done between fork and exec is ours to keep safe")]
-pub(crate) fn end_with_this_process(command: &mut Command, signal: Signal) {
+/// Has the process that `command` starts get `signal` when the thread that starts it ends.
+pub fn end_with_this_process(command: &mut Command, signal: Signal) {
     let child =
         move || rustix::process::set_parent_process_death_signal(Some(signal)).map_err(Into::into);
     // SAFETY: one system call, which allocates nothing and takes no lock.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_image::{Built, Options, Source};
 use tar::{Builder, EntryType, Header};
 
-use crate::nested::busybox as busybox_program;
+use crate::machine::busybox as busybox_program;
 
 /// A file of an image.
 #[derive(Clone, Copy, Debug)]

@@ -1,10 +1,10 @@
-//! Builds `ukp-check`, which the nested tests run in their guests.
+//! Builds `ukp-check`, which tests and bench run in their guests.
 
 fn main() {
     guest_build::Program {
         package: "guest-check",
         name: "ukp-check",
-        sources: &["guest/check", "tests/build.rs"],
+        sources: &["guest/check", "tests/nested-host/build.rs"],
         linux: true,
     }
     .build("UKP_CHECK");

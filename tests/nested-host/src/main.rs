@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use tests::nested::{self, Program};
+use nested_host::Program;
 
 /// Runs a program in a virtual machine whose Linux offers a standard /dev/kvm, under software
 /// emulation. Files are found in /files there.
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<ExitCode> {
-    if let Some(missing) = nested::missing() {
+    if let Some(missing) = nested_host::missing() {
         bail!("{missing}");
     }
     let pair = |text: String| -> Result<(String, String)> {
@@ -58,7 +58,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         environment: environment?,
         files: files?.into_iter().map(|(name, path)| (name, path.into())).collect(),
     };
-    let ended = nested::run(&[program], Duration::from_secs(arguments.limit), |line| {
+    let ended = nested_host::run(&[program], Duration::from_secs(arguments.limit), |line| {
         // A reader that has seen enough is no reason to stop.
         writeln!(std::io::stdout(), "{line}").unwrap_or(());
     })?;
