@@ -3,6 +3,7 @@
 //! ```text
 //! bench-harness run                      the three-minute set, report under results/
 //! bench-harness run --set all            everything
+//! bench-harness run --set linux          Linux guests, beside QEMU's
 //! bench-harness run quiet dirty-100      these two
 //! bench-harness list                     what there is
 //! bench-harness json quiet               one scenario, one JSON object as last line
@@ -72,6 +73,9 @@ enum Command {
     /// Run forks for `gate`, which traces this.
     #[command(hide = true)]
     Workload(gate::WorkloadArgs),
+    /// Carry out a scenario of a Linux guest here, for a bench that runs outside.
+    #[command(hide = true)]
+    Inside(run::InsideArgs),
     /// Compare two recorded runs. This is history, not a verdict.
     Compare(compare::CompareArgs),
     /// Print completions for a shell.
@@ -86,8 +90,10 @@ enum SetArg {
     /// The set that fits into three minutes.
     #[default]
     Default,
-    /// All scenarios.
+    /// All scenarios with the bench's own guest.
     All,
+    /// Those with Linux guests.
+    Linux,
 }
 
 impl From<SetArg> for Set {
@@ -95,6 +101,7 @@ impl From<SetArg> for Set {
         match set {
             SetArg::Default => Set::Default,
             SetArg::All => Set::All,
+            SetArg::Linux => Set::Linux,
         }
     }
 }
@@ -135,6 +142,7 @@ fn dispatch(cli: &Cli, open_lab: OpenLab<'_>, out: &mut dyn Write) -> Result<Exi
         Command::Ab(args) => ab::ab(args, cli.scenarios.as_deref(), out),
         Command::Gate(args) => gate::gate(args, open_lab, out),
         Command::Workload(args) => gate::workload(args, out),
+        Command::Inside(args) => run::inside(args, out),
         Command::Compare(args) => compare::compare(args, out),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "bench-harness", &mut { out });

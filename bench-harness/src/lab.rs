@@ -33,6 +33,7 @@ mod verify;
 use bench::{Bench, backing_kind};
 use compare::Comparisons;
 use error::Trouble;
+pub(crate) use sample::{sample, stages};
 
 use crate::scenario::{Kind, Scenario};
 use crate::session::{Lab, LabError, Progress, ScenarioRun};
@@ -83,6 +84,9 @@ impl Lab for EngineLab {
         progress: &mut dyn Progress,
     ) -> Result<ScenarioRun, LabError> {
         host::go_on()?;
+        if scenario.kind.is_linux() {
+            return crate::linux::run(scenario, progress);
+        }
         let backing = backing_kind(scenario);
         host::require_memory(memory_needed(scenario))?;
         if self.options.warm_memory {
@@ -114,6 +118,8 @@ fn measure(
         Kind::Tax => tax::tax(&mut bench)?,
         Kind::Upkeep => upkeep::upkeep(&mut bench)?,
         Kind::Probes => probes::probes(&mut bench)?,
+        // They have a laboratory of their own.
+        Kind::LinuxFork | Kind::LinuxBoot | Kind::LinuxVsock => {}
     }
     bench.finish()
 }

@@ -9,7 +9,8 @@
 //! ab: two executables ──> stats::interleave ──> stats::judge ──> alarm or not
 //! ```
 //!
-//! Nothing here knows how a machine is forked, except [`lab`], behind [`session::Lab`]. What
+//! Nothing here knows how a machine is forked, except [`lab`] and, for Linux guests, [`linux`], behind
+//! [`session::Lab`]. What
 //! its figures are compared with, in the same run, is timed by [`baseline`].
 //! What the figures mean is in `METHODOLOGY.md`, what they cannot say in `BIAS.md`.
 
@@ -19,6 +20,7 @@ pub mod baseline;
 pub mod cli;
 pub mod gate;
 pub mod lab;
+pub mod linux;
 pub mod plot;
 pub mod progress;
 pub mod record;

@@ -46,6 +46,17 @@ impl Sample {
         self.values.iter().find(|(name, _)| name == metric).map(|(_, value)| *value)
     }
 
+    /// All values, in the order in which they were added.
+    pub fn values(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.values.iter().map(|(name, value)| (name.as_ref(), *value))
+    }
+
+    /// Why it failed, if it did.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
     /// Whether it failed.
     #[must_use]
     pub fn is_failure(&self) -> bool {

@@ -84,6 +84,23 @@ pub enum Kind {
     /// `forks` forks without probes in the kernel, with those that are on by default, and with all,
     /// in turn; parent and child work over `work_mib` after each.
     Probes,
+    /// `forks` forks of a Linux guest from inside.
+    #[serde(rename = "linux-fork")]
+    LinuxFork,
+    /// `forks` boots of Linux.
+    #[serde(rename = "linux-boot")]
+    LinuxBoot,
+    /// `forks` rounds over the socket device of a Linux guest.
+    #[serde(rename = "linux-vsock")]
+    LinuxVsock,
+}
+
+impl Kind {
+    /// Whether the guest is Linux.
+    #[must_use]
+    pub fn is_linux(self) -> bool {
+        matches!(self, Self::LinuxFork | Self::LinuxBoot | Self::LinuxVsock)
+    }
 }
 
 /// What the pages of the image are.
@@ -260,8 +277,10 @@ pub enum Set {
     /// Scenarios with `in_default_set`.
     #[default]
     Default,
-    /// All.
+    /// All with the bench's own guest.
     All,
+    /// All with Linux guests.
+    Linux,
 }
 
 /// Scenarios by name, in the order of their definition.
@@ -332,7 +351,11 @@ impl Catalogue {
     /// [`ScenarioError::Unknown`].
     pub fn select(&self, set: Set, names: &[String]) -> Result<Vec<Scenario>, ScenarioError> {
         if names.is_empty() {
-            let wanted = |scenario: &&Scenario| set == Set::All || scenario.in_default_set;
+            let wanted = |scenario: &&Scenario| match set {
+                Set::Default => scenario.in_default_set,
+                Set::All => !scenario.kind.is_linux(),
+                Set::Linux => scenario.kind.is_linux(),
+            };
             return Ok(self.scenarios.iter().filter(wanted).cloned().collect());
         }
         names.iter().map(|name| self.get(name).cloned()).collect()

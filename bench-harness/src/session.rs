@@ -14,6 +14,8 @@ use crate::scenario::Scenario;
 /// What a scenario gave.
 #[derive(Clone, Debug, Default)]
 pub struct ScenarioRun {
+    /// Kind of host that it ran on, if that is another than the laboratory's.
+    pub host: Option<String>,
     /// The samples.
     pub recorder: Recorder,
     /// Names of the stage metrics (`stage_…_us`) in the order of the fork path. The order in which

@@ -68,8 +68,7 @@ fn stopped() -> Result<()> {
         name: "sleeper".to_owned(),
         path: "/bin/sh".into(),
         arguments: vec!["-c".to_owned(), "echo asleep; /bin/busybox sleep 1000".to_owned()],
-        environment: Vec::new(),
-        files: Vec::new(),
+        ..Program::default()
     };
     let limit = Duration::from_secs(25);
     let begin = Instant::now();
@@ -122,9 +121,9 @@ fn run(wanted: &[&str], told: &mut BTreeMap<String, Result<(), String>>) -> Resu
     let program = Program {
         name: "tests".to_owned(),
         path: std::env::current_exe()?,
-        arguments: Vec::new(),
         environment: vec![(INSIDE.to_owned(), wanted.join(","))],
         files: vec![("vmlinuz".to_owned(), guest.kernel), ("image".to_owned(), guest.path)],
+        ..Program::default()
     };
     let begin = Instant::now();
     nested_host::run(&[program], LIMIT, |line| {

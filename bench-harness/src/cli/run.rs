@@ -42,6 +42,12 @@ pub(super) struct JsonArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct InsideArgs {
+    /// The scenario as JSON.
+    scenario: String,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct SamplesArgs {
     /// Scenario to run.
     #[arg(value_name = "SCENARIO")]
@@ -103,6 +109,12 @@ pub(super) fn json(
         }
         Outcome::Unavailable(reason) => bail!("{} cannot run on this host: {reason}", args.name),
     }
+}
+
+pub(super) fn inside(args: &InsideArgs, out: &mut dyn Write) -> Result<ExitCode> {
+    let scenario = serde_json::from_str(&args.scenario).context("the scenario")?;
+    crate::linux::inside(&scenario, out)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn samples(

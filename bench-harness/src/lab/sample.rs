@@ -23,7 +23,7 @@ const STAGES: [&str; 11] = [
 const OF_PARENT: usize = 6;
 
 /// Names of all stages, and of those in the child.
-pub(super) fn stages() -> [Vec<String>; 2] {
+pub(crate) fn stages() -> [Vec<String>; 2] {
     [&STAGES[..], &STAGES[OF_PARENT..]].map(|names| names.iter().map(ToString::to_string).collect())
 }
 
@@ -35,7 +35,7 @@ pub(super) fn us(ns: u64) -> f64 {
 
 /// The sample of a fork. Of several children the last one to leave the guest counts: it is the one
 /// that `branch` waits for.
-pub(super) fn sample(report: &ForkReport) -> Sample {
+pub(crate) fn sample(report: &ForkReport) -> Sample {
     if let Some((step, errno)) = report.failed {
         return failed(step.name(), errno);
     }

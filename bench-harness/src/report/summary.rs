@@ -110,7 +110,7 @@ impl ScenarioSummary {
         let failures = recorder.failures().into_iter();
         Self {
             scenario: scenario.clone(),
-            host: host_kind.to_owned(),
+            host: run.host.clone().unwrap_or_else(|| host_kind.to_owned()),
             n: recorder.forks() as u64,
             failed: recorder.failed() as u64,
             failures: failures.map(|(why, times)| (why.to_owned(), times)).collect(),

@@ -114,7 +114,27 @@ fn check_kind(scenario: &Scenario) -> Result<(), ScenarioError> {
     if scenario.is_open_loop() && scenario.kind != Kind::Fork {
         return Err(invalid(scenario, "interval_us", "is only for kind fork"));
     }
+    if scenario.kind.is_linux() {
+        check_linux(scenario)?;
+    }
     check_reference(scenario)
+}
+
+/// A Linux guest is not told what to write.
+fn check_linux(scenario: &Scenario) -> Result<(), ScenarioError> {
+    let refused = [
+        ("dirty", scenario.dirty.is_some()),
+        ("rate_pages_per_second", scenario.rate_pages_per_second > 0),
+        ("announce_us", scenario.announce_us > 0),
+        ("delay_us", scenario.delay_us > 0),
+        ("backing", scenario.backing != Backing::Default),
+        ("vcpus", scenario.vcpus > 1),
+        ("sync", !scenario.sync),
+    ];
+    match refused.into_iter().find(|(_, is_set)| *is_set) {
+        Some((field, _)) => Err(invalid(scenario, field, "is not for Linux guests")),
+        None => Ok(()),
+    }
 }
 
 fn check_reference(scenario: &Scenario) -> Result<(), ScenarioError> {

@@ -7,14 +7,22 @@
 //!  handles UUID  forks with files of that child open; what they say in the new child
 //!  poll UUID     open files and poll(2) until that child has stopped
 //!  load SECONDS  memory, registers and a pipe are worked with, and are right in every machine
+//!
+//!  true N        fork, exec and wait of /bin/true, N times: how long each took, in µs
+//!  init          as PID 1: says that it is there, and then each line that it reads
+//!  serve PORT    sends and receives by sockets of the machine as it is asked to
 //! ```
+//!
+//! The last three are for the bench; `init` and `serve` may be the first process of a machine.
 //!
 //! What it finds are lines `@name value`: on its output, and in a machine that became a child
 //! meanwhile on the console, after which the machine ends with code 0.
 
 mod files;
 mod load;
+mod measure;
 mod say;
+mod sockets;
 mod threads;
 
 use std::process::ExitCode;
@@ -42,6 +50,9 @@ fn run() -> Result<()> {
         "handles" => files::handles(&value),
         "poll" => files::poll_until_stopped(&value),
         "load" => load::work(value.parse().context("how many seconds?")?),
+        "true" => measure::trues(value.parse().context("how often?")?),
+        "init" => measure::init(),
+        "serve" => sockets::serve(value.parse().context("at which port?")?),
         _ => bail!("no such check: {verb}"),
     }
 }

@@ -12,7 +12,7 @@ pub mod machine;
 pub mod place;
 
 pub use machine::{
-    Ended, FILES, Program, end_with_this_process, folder_prefix, missing, run,
+    Ended, FILES, Program, end_with_this_process, folder_prefix, kernel_folder, missing, run,
 };
 pub use place::Place;
 

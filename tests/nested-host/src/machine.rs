@@ -33,7 +33,7 @@ const END: &str = "@ukp-end ";
 const MODULES: [&str; 3] = ["irqbypass.ko", "kvm.ko", "kvm-amd.ko"];
 
 /// A program to run there.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Program {
     /// Its name in output and errors.
     pub name: String,
@@ -45,6 +45,10 @@ pub struct Program {
     pub environment: Vec<(String, String)>,
     /// Files that it finds in [`FILES`], by name.
     pub files: Vec<(String, PathBuf)>,
+    /// Programs that it starts, in `/bin` by their names; their libraries come along, too.
+    pub others: Vec<PathBuf>,
+    /// Kernel modules that it needs besides those of KVM, in the order of loading.
+    pub modules: Vec<PathBuf>,
 }
 
 /// Where a program finds its files.
@@ -87,7 +91,9 @@ pub(crate) fn busybox() -> Option<PathBuf> {
     ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from).find(|path| path.exists())
 }
 
-fn kernel_folder() -> PathBuf {
+/// Where the kernel of that host lies, with its modules.
+#[must_use]
+pub fn kernel_folder() -> PathBuf {
     // Without one the files in it are told to be missing.
     guest_image::cache_dir().unwrap_or_default().join("nested-kernel")
 }
@@ -266,14 +272,22 @@ fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
     }
     let busybox = busybox().context("no busybox")?;
     fs::copy(busybox, root.join("bin/busybox"))?;
-    std::os::unix::fs::symlink("busybox", root.join("bin/sh"))?;
-    for module in MODULES {
-        fs::copy(kernel_folder().join(module), root.join("m").join(module))?;
+    for name in ["sh", "cat"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
+    }
+    let own = MODULES.map(|module| kernel_folder().join(module));
+    for module in own.iter().chain(programs.iter().flat_map(|program| &program.modules)) {
+        let packed = || format!("packing {}", module.display());
+        fs::copy(module, root.join("m").join(name_of(module)?)).with_context(packed)?;
     }
     let mut libraries = BTreeSet::new();
     for (index, program) in programs.iter().enumerate() {
         libraries.extend(libraries_of(&program.path)?);
         fs::copy(&program.path, root.join(format!("p/{index}")))?;
+        for other in &program.others {
+            libraries.extend(libraries_of(other)?);
+            fs::copy(other, root.join("bin").join(name_of(other)?))?;
+        }
         for (name, file) in &program.files {
             let to = root.join(&FILES[1..]).join(name);
             fs::create_dir_all(root.join(&FILES[1..]))?;
@@ -286,11 +300,16 @@ fn initramfs(folder: &Path, programs: &[Program]) -> Result<PathBuf> {
         fs::copy(&library, to)?;
     }
     let init = root.join("init");
-    fs::write(&init, init_script(programs))?;
+    fs::write(&init, init_script(programs)?)?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
     let packed = folder.join("initramfs.gz");
     pack(&root, &packed)?;
     Ok(packed)
+}
+
+fn name_of(path: &Path) -> Result<&str> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.with_context(|| format!("{} has no name", path.display()))
 }
 
 fn pack(root: &Path, packed: &Path) -> Result<()> {
@@ -317,7 +336,7 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-fn init_script(programs: &[Program]) -> String {
+fn init_script(programs: &[Program]) -> Result<String> {
     let mut lines = vec![
         "#!/bin/busybox sh".to_owned(),
         "b=/bin/busybox".to_owned(),
@@ -328,6 +347,9 @@ fn init_script(programs: &[Program]) -> String {
         "export PATH=/bin HOME=/tmp XDG_RUNTIME_DIR=/run".to_owned(),
     ];
     lines.extend(MODULES.map(|module| format!("$b insmod /m/{module}")));
+    for module in programs.iter().flat_map(|program| &program.modules) {
+        lines.push(format!("$b insmod /m/{}", quoted(name_of(module)?)));
+    }
     // The kernel writes to the same serial line, into the middle of what a program prints.
     lines.push("$b dmesg -n 1".to_owned());
     for (index, program) in programs.iter().enumerate() {
@@ -342,5 +364,5 @@ fn init_script(programs: &[Program]) -> String {
         lines.push(format!("code=$?; echo; echo \"{END}$code\""));
     }
     lines.push("$b sync; $b reboot -f\n".to_owned());
-    lines.join("\n")
+    Ok(lines.join("\n"))
 }

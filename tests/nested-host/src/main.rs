@@ -57,6 +57,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         arguments: arguments.rest,
         environment: environment?,
         files: files?.into_iter().map(|(name, path)| (name, path.into())).collect(),
+        ..Program::default()
     };
     let ended = nested_host::run(&[program], Duration::from_secs(arguments.limit), |line| {
         // A reader that has seen enough is no reason to stop.

@@ -109,8 +109,8 @@ fn emulated(ask: &Ask, kernel: &Path, mut told: impl FnMut(&str)) -> Result<i32,
         name: "runtime".to_owned(),
         path: ask.runtime.clone(),
         arguments: arguments(ask, &inside("vmlinuz"), &inside("image"), &command),
-        environment: Vec::new(),
         files: vec![("vmlinuz".to_owned(), kernel.to_owned()), ("image".to_owned(), path)],
+        ..Program::default()
     };
     let begin = Instant::now();
     let mut seen = false;
