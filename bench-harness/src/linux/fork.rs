@@ -7,8 +7,9 @@
 //! | `ready_us` | the vCPU has left the guest with the request | the child's agent has answered a ping with the child's UUID |
 //! | `exec_us` | the same | the exit code of `true`, which was run in the child after that ping |
 //!
-//! Between forks the same guest times fork(2), exec and wait of `/bin/true`, and QEMU writes the state
-//! of a guest to a file and takes it up again.
+//! The same guest times fork(2), exec and wait of `/bin/true`: before it was ever forked
+//! (`guest_true_unforked_us`), and before each fork, when its standby is ready (`guest_true_us`). QEMU
+//! writes the state of a guest to a file and takes it up again.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ const QEMU_CMDLINE: &str =
 /// Forks in a session of its own, for the one that asked for it is gone in the child.
 const FORK: &str = "setsid sh -c 'ukp fork --json >/run/forked; echo >/run/done' \
     </dev/null >/dev/null 2>&1 & read x </run/done; cat /run/forked";
-/// What `true` is timed between two forks.
+/// How often `true` is timed before a fork.
 const TRUES: &str = "3";
 /// So many forks for each snapshot of QEMU's.
 const FORKS_PER_SNAPSHOT: u32 = 4;
@@ -60,6 +61,7 @@ pub(super) fn forks(
     let guest = Guest::start(world, scenario.memory_mib, CMDLINE)?;
     guest.ready(guest.root)?;
     guest.run(guest.root, &["/bin/mkfifo", "/run/done"])?;
+    tell_trues(&guest, "guest_true_unforked_us", tell)?;
     tell(Told::Phase { what: "QEMU boots".to_owned(), total: 1 });
     let mut snapshots = match Snapshots::start(world, scenario.memory_mib) {
         Ok(snapshots) => Some(snapshots),
@@ -76,15 +78,14 @@ pub(super) fn forks(
     }
     tell(Told::Phase { what: "forks".to_owned(), total: scenario.forks.into() });
     for index in 0..scenario.forks {
+        standby(&guest)?;
+        tell_trues(&guest, "guest_true_us", tell)?;
         let fork = fork(&guest)?;
         if let Some(why) = fork.wrong {
             tell(Told::Void { why });
             return Ok(());
         }
         tell(fork.told);
-        for us in trues(&guest)? {
-            tell(Told::Baseline { name: "guest_true_us".to_owned(), value: us });
-        }
         if let (Some(snapshots), 0) = (&mut snapshots, index % FORKS_PER_SNAPSHOT) {
             let [save_us, restore_us] = snapshots.round()?;
             let mut baseline = |name: &str, value| {
@@ -107,7 +108,7 @@ struct Fork {
 
 fn fork(guest: &Guest) -> Result<Fork> {
     let root = guest.root;
-    guest.owner.ask(root, Request::Standbys { count: 1 }).context("waiting for a standby")?;
+    standby(guest)?;
     let known: BTreeSet<Uuid> = guest.owner.alive().into_iter().collect();
     let argv = ["/bin/sh", "-c", FORK].map(str::to_owned).to_vec();
     let mut running = guest.agent(root)?.exec(&Command { argv, ..Command::default() })?;
@@ -132,6 +133,12 @@ fn fork(guest: &Guest) -> Result<Fork> {
         )
     });
     Ok(Fork { told: told(&report, (ready, done), (&in_parent, &in_child)), wrong })
+}
+
+/// What is left to do for the next fork is done.
+fn standby(guest: &Guest) -> Result<()> {
+    let asked = guest.owner.ask(guest.root, Request::Standbys { count: 1 });
+    asked.map(drop).context("waiting for a standby")
 }
 
 /// The child, unless the fork has failed.
@@ -203,10 +210,14 @@ fn read(guest: &Guest, child: Uuid) -> Result<Forked> {
 }
 
 /// fork(2), exec and wait of `/bin/true`, in the parent.
-fn trues(guest: &Guest) -> Result<Vec<f64>> {
+fn tell_trues(guest: &Guest, name: &str, tell: &mut dyn FnMut(Told)) -> Result<()> {
     let said = guest.run(guest.root, &[HELPER, "true", TRUES])?;
     let values = said.trim().strip_prefix("@true_us ").context("no times")?;
-    values.split(' ').map(|us| us.parse().with_context(|| format!("{us:?}"))).collect()
+    for us in values.split(' ') {
+        let value = us.parse().with_context(|| format!("{us:?}"))?;
+        tell(Told::Baseline { name: name.to_owned(), value });
+    }
+    Ok(())
 }
 
 /// A machine of QEMU's that is written to a file and taken up again.

@@ -19,7 +19,6 @@ mod told;
 mod vsock;
 mod world;
 
-use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};

@@ -21,6 +21,12 @@ struct Arguments {
     /// A file to take along.
     #[arg(long = "file", value_name = "NAME=PATH")]
     files: Vec<String>,
+    /// Another program to take along, to /bin.
+    #[arg(long = "other", value_name = "PATH")]
+    others: Vec<PathBuf>,
+    /// A kernel module to load.
+    #[arg(long = "module", value_name = "PATH")]
+    modules: Vec<PathBuf>,
     /// A variable of the program's environment.
     #[arg(long = "env", value_name = "NAME=VALUE")]
     environment: Vec<String>,
@@ -57,7 +63,8 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         arguments: arguments.rest,
         environment: environment?,
         files: files?.into_iter().map(|(name, path)| (name, path.into())).collect(),
-        ..Program::default()
+        others: arguments.others,
+        modules: arguments.modules,
     };
     let ended = nested_host::run(&[program], Duration::from_secs(arguments.limit), |line| {
         // A reader that has seen enough is no reason to stop.
