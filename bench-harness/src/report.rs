@@ -15,6 +15,7 @@ mod figures;
 mod folder;
 mod host;
 mod json;
+mod linux;
 mod pictures;
 mod readme;
 mod sizes;

@@ -26,7 +26,10 @@ pub(super) struct Qemu {
 /// Kernel, image, QEMU.
 #[derive(Clone, Debug)]
 pub(super) struct World {
+    /// As `runtime run` boots it: unpacked.
     pub(super) kernel: PathBuf,
+    /// As it comes.
+    pub(super) packed_kernel: PathBuf,
     pub(super) image: PathBuf,
     /// Or what is missing of it.
     pub(super) qemu: Result<Qemu, String>,
@@ -42,7 +45,10 @@ impl World {
         let machine_id = File { path: "etc/machine-id", bytes: &[b'0'; 33], mode: 0o644 };
         let built = image::busybox(&[helper, machine_id], &[]);
         let built = built.map_err(|error| format!("the image cannot be made: {error:#}"))?;
-        Ok(Self { kernel: built.kernel, image: built.path, qemu: find_qemu() })
+        let kernel = guest_image::unpacked(&built.kernel)
+            .map_err(|error| format!("the kernel: {}", runtime::sys::chain(&error)))?;
+        let packed_kernel = built.kernel;
+        Ok(Self { kernel, packed_kernel, image: built.path, qemu: find_qemu() })
     }
 
     /// As [`World::packed`] has put it.
@@ -55,14 +61,16 @@ impl World {
         } else {
             Err(format!("{QEMU} was not packed"))
         };
-        Self { kernel: file("vmlinuz"), image: file("image"), qemu }
+        let (kernel, packed_kernel) = (file("vmlinux"), file("vmlinuz"));
+        Self { kernel, packed_kernel, image: file("image"), qemu }
     }
 
     /// What a program in the nested host is to have.
     pub(super) fn packed(&self) -> Program {
         let mut program = Program {
             files: vec![
-                ("vmlinuz".to_owned(), self.kernel.clone()),
+                ("vmlinux".to_owned(), self.kernel.clone()),
+                ("vmlinuz".to_owned(), self.packed_kernel.clone()),
                 ("image".to_owned(), self.image.clone()),
             ],
             ..Program::default()

@@ -1,9 +1,8 @@
-//! The figures of the specification (section 5) that a bare guest can show, against what was
-//! measured.
+//! The figures of the specification (section 5) that the bench can show, against what was measured.
 
 use serde::{Deserialize, Serialize};
 
-use super::ScenarioSummary;
+use super::{ScenarioSummary, linux};
 use super::summary::stage_word;
 use crate::record::Summary;
 
@@ -113,7 +112,33 @@ pub(super) fn verdicts(scenarios: &[ScenarioSummary]) -> Vec<FigureVerdict> {
     dirty_pages(&mut table);
     crowd(&mut table);
     probes(&mut table);
+    linux_guests(&mut table);
     table.rows
+}
+
+fn linux_guests(table: &mut Table<'_>) {
+    let name = "linux-fork";
+    // Elsewhere it says something about the emulator.
+    let hardware = table.runs.get(name).filter(|summary| summary.host == "hardware");
+    let fork = hardware.and_then(|summary| summary.metrics.get("guest_fork_us"));
+    let (p50, p99) = (fork.map(|it| it.p50.0), fork.map(|it| it.p99.0));
+    let what = "guest_fork p50 in Linux, hardware KVM (µs)";
+    table.at_most(what, name, Some(500.0), Some(350.0), p50);
+    let what = "guest_fork p99 in Linux, hardware KVM (µs)";
+    table.tail_at_most(what, (name, Of::Tail), Some(1000.0), None, p99);
+    let name = "linux-boot";
+    let boot = table.runs.metric(name, "boot_us").map(|summary| summary.p50.0);
+    let theirs = table.runs.get(name).and_then(|summary| {
+        let best = |it: &&str| Some(summary.baselines.get(*it)?.p50.0);
+        let all = ["qemu_boot_us", "qemu_boot_packed_us"];
+        all.iter().filter_map(|it| best(it)).reduce(f64::min)
+    });
+    let ratio = boot.zip(theirs).map(|(ours, theirs)| ours / theirs);
+    table.at_most("boot to init / QEMU microvm's, p50", name, Some(1.0), None, ratio);
+    let part = table.runs.get(name).and_then(linux::slowest_part);
+    if let Some(row) = table.rows.last_mut().filter(|row| row.met == Met::Missed) {
+        row.stage = part;
+    }
 }
 
 fn latency(table: &mut Table<'_>) {

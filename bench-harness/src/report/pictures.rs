@@ -14,7 +14,8 @@ pub(super) fn pictures(
     for summary in &run.scenarios {
         let name = &summary.scenario.name;
         let Some(recorder) = recorder(name) else { continue };
-        let metrics = ["branch_us", "pause_us", "latency_us"];
+        let metrics =
+            ["branch_us", "pause_us", "latency_us", "guest_fork_us", "ready_us", "exec_us"];
         let samples: Vec<_> =
             metrics.iter().map(|metric| (*metric, recorder.samples(metric))).collect();
         let curves: Vec<Curve<'_>> = samples
@@ -57,7 +58,8 @@ fn conditions(run: &RunSummary, summary: &ScenarioSummary) -> String {
         scenario.memory_mib,
         scenario.vcpus,
         scenario.dirty_pages(),
-        host(run)
+        // A Linux guest may have run on another kind of host.
+        host(run).replacen(&run.host.kind, &summary.host, 1)
     )
 }
 

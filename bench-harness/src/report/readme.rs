@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{RunSummary, tables};
+use super::{RunSummary, linux, tables};
 
 /// README.md of a run; `pictures` are the names of its plots.
 pub(super) fn readme(name: &str, run: &RunSummary, pictures: &[String]) -> String {
@@ -38,6 +38,7 @@ pub(super) fn readme(name: &str, run: &RunSummary, pictures: &[String]) -> Strin
         is a median of its own, and stages of parent and child overlap.",
         &tables::stages(run),
     );
+    linux_guests(&mut text, run);
     section(
         &mut text,
         "Figures of the specification",
@@ -65,6 +66,27 @@ pub(super) fn readme(name: &str, run: &RunSummary, pictures: &[String]) -> Strin
         let _infallible = writeln!(text, "![{picture}](plots/{picture}.svg)\n");
     }
     text
+}
+
+fn linux_guests(text: &mut String, run: &RunSummary) {
+    let compared = linux::compared(run);
+    if compared.is_empty() {
+        return;
+    }
+    let nested = run.scenarios.iter().any(|it| it.scenario.kind.is_linux() && it.host == "nested");
+    let about = if nested {
+        "On a nested host: look at the ratios, everything else is the emulator's. Both sides ran on \
+         the same host, in turn. Times in µs, rates in MiB/s."
+    } else {
+        "Both sides ran on this host, in turn. Times in µs, rates in MiB/s."
+    };
+    section(text, "Linux guests", about, &compared);
+    let profile = linux::profile(run);
+    if !profile.is_empty() {
+        let about = "One boot of each with all messages of the kernel, which cost time themselves: \
+            when the host heard of a moment, and what the kernel's clock said, which begins late.";
+        section(text, "Boot profile", about, &profile);
+    }
 }
 
 fn section(text: &mut String, title: &str, about: &str, table: &str) {

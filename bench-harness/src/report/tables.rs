@@ -10,7 +10,7 @@ use crate::record::Micros;
 /// What stands in a cell that has no value.
 const NONE: &str = "–";
 
-fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return "Nothing.\n".to_owned();
     }
@@ -26,7 +26,7 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-fn or_none<T: ToString>(value: Option<T>) -> String {
+pub(super) fn or_none<T: ToString>(value: Option<T>) -> String {
     value.map_or(NONE.to_owned(), |value| value.to_string())
 }
 
@@ -48,11 +48,13 @@ pub(super) fn scenarios(run: &RunSummary) -> String {
         "floor",
         "branch/floor",
     ];
-    let rows: Vec<Vec<String>> = run.scenarios.iter().map(scenario_row).collect();
+    // Of boots and sockets there are no forks.
+    let forks = run.scenarios.iter().filter(|it| it.n > 0 || !it.scenario.kind.is_linux());
+    let rows: Vec<Vec<String>> = forks.map(|it| scenario_row(it, &run.host.kind)).collect();
     table(&head, &rows)
 }
 
-fn scenario_row(summary: &ScenarioSummary) -> Vec<String> {
+fn scenario_row(summary: &ScenarioSummary, host: &str) -> Vec<String> {
     let scenario = &summary.scenario;
     let branch = summary.branch();
     let page_size = summary.page_bytes.map(|bytes| match bytes >> 20 {
@@ -63,7 +65,12 @@ fn scenario_row(summary: &ScenarioSummary) -> Vec<String> {
         (0, pages) => pages.to_string(),
         (rate, _) => format!("{rate}/s"),
     };
-    let mut row = vec![scenario.name.clone(), summary.n.to_string(), summary.failed.to_string()];
+    let name = if summary.host == host {
+        scenario.name.clone()
+    } else {
+        format!("{} ({} host)", scenario.name, summary.host)
+    };
+    let mut row = vec![name, summary.n.to_string(), summary.failed.to_string()];
     row.extend([
         or_none(branch.map(|b| b.p50)),
         or_none(branch.map(|b| b.p90)),
@@ -131,7 +138,8 @@ pub(super) fn values(run: &RunSummary) -> String {
         let mut push = |name: &str, value: String| {
             rows.push(vec![format!("{} {name}", summary.scenario.name), value]);
         };
-        for (name, value) in &summary.values {
+        // The profile of a boot has a table of its own.
+        for (name, value) in summary.values.iter().filter(|(it, _)| !it.starts_with("profile_")) {
             push(name, number(*value));
         }
         for (name, value) in &summary.floor_parts_us {

@@ -65,6 +65,14 @@ pub fn image(cache: Option<&Path>, key: &blake3::Hash) -> Result<PathBuf, ImageE
     Ok(images.join(format!("{key}.cpio")))
 }
 
+/// Where the unpacked kernel with this key lies, if it is made.
+pub fn kernel(key: &blake3::Hash) -> Result<PathBuf, ImageError> {
+    let kernels = folder()?.join("kernels");
+    fs::create_dir_all(&kernels).map_err(ImageError::io("make", &kernels))?;
+    sweep(&kernels);
+    Ok(kernels.join(format!("{key}.vmlinux")))
+}
+
 /// Removes what a process that was killed has begun. What cannot be removed is no reason to fail.
 fn sweep(images: &Path) {
     for entry in fs::read_dir(images).into_iter().flatten().flatten() {

@@ -17,7 +17,8 @@
 //! | `content` | where bytes lie until they are written |
 //! | `cpio` | the image's format |
 //! | `kernel`, `own` | what is added |
-//! | `cache` | images that are kept |
+//! | `unpack` | the kernel inside a bzImage |
+//! | `cache` | images and kernels that are kept |
 //!
 //! An image is large, because it is not compressed: a kernel below an emulator would take seconds to
 //! decompress it.
@@ -34,6 +35,7 @@ mod oci;
 mod own;
 mod path;
 mod tree;
+mod unpack;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -49,6 +51,7 @@ pub use cache::folder as cache_dir;
 pub use error::{EntryError, ImageError};
 pub use kernel::kernel_dir;
 pub use own::{Config, config_segment};
+pub use unpack::unpacked;
 
 /// Begins every key: to be changed with what an image contains, or how.
 const FORM: &[u8] = b"ukp image 1\n";

@@ -109,7 +109,7 @@ fn guest(args: &RunArgs) -> Result<Guest, CliError> {
     };
     let kernel = match &args.kernel {
         Some(kernel) => kernel.clone(),
-        None => guest_image::kernel_dir()?.join("vmlinuz"),
+        None => guest_image::unpacked(&guest_image::kernel_dir()?.join("vmlinuz"))?,
     };
     let (initrd, config) = image::ready(source)?;
     let tail = if args.command.is_empty() {
