@@ -29,11 +29,7 @@ const MOMENTS: [(&str, &str); 5] = [
     ("init", "as init process"),
 ];
 
-pub(super) fn boots(
-    scenario: &Scenario,
-    world: &World,
-    tell: &mut dyn FnMut(Told),
-) -> Result<()> {
+pub(super) fn boots(scenario: &Scenario, world: &World, tell: &mut dyn FnMut(Told)) -> Result<()> {
     let memory_mib = scenario.memory_mib;
     let qemu = world.qemu.is_ok();
     if let Err(missing) = &world.qemu {

@@ -52,11 +52,7 @@ struct Forked {
     guest_fork_us: f64,
 }
 
-pub(super) fn forks(
-    scenario: &Scenario,
-    world: &World,
-    tell: &mut dyn FnMut(Told),
-) -> Result<()> {
+pub(super) fn forks(scenario: &Scenario, world: &World, tell: &mut dyn FnMut(Told)) -> Result<()> {
     tell(Told::Phase { what: "boot".to_owned(), total: 1 });
     let guest = Guest::start(world, scenario.memory_mib, CMDLINE)?;
     guest.ready(guest.root)?;
@@ -159,10 +155,8 @@ fn born(guest: &Guest, known: &BTreeSet<Uuid>) -> Result<Option<Uuid>> {
 
 fn told(report: &ForkReport, at: (u64, u64), guests: (&Forked, &Forked)) -> Told {
     let begin = report.parent.doorbell_ns;
-    let mut values: Vec<(String, f64)> = crate::lab::sample(report)
-        .values()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect();
+    let mut values: Vec<(String, f64)> =
+        crate::lab::sample(report).values().map(|(name, value)| (name.to_owned(), value)).collect();
     let mut add = |name: &str, value| values.push((name.to_owned(), value));
     add("guest_fork_us", guests.0.guest_fork_us);
     add("guest_fork_child_us", guests.1.guest_fork_us);
@@ -258,11 +252,7 @@ impl<'a> Snapshots<'a> {
     }
 }
 
-fn config<'a>(
-    world: &'a World,
-    memory_mib: u32,
-    incoming: Option<&'a str>,
-) -> qemu::Config<'a> {
+fn config<'a>(world: &'a World, memory_mib: u32, incoming: Option<&'a str>) -> qemu::Config<'a> {
     let kernel = &world.kernel;
     qemu::Config { kernel, memory_mib, cmdline: QEMU_CMDLINE, incoming, vsock: None }
 }

@@ -52,9 +52,9 @@ impl<'a> Listener<'a> {
             Told::Phase { what, total } => self.progress.phase(&what, total),
             Told::Step => self.progress.advance(1),
             Told::Fork { values } => {
-                let sample = values.into_iter().fold(Sample::new(), |sample, (name, value)| {
-                    sample.with(name, value)
-                });
+                let sample = values
+                    .into_iter()
+                    .fold(Sample::new(), |sample, (name, value)| sample.with(name, value));
                 recorder.record(sample);
             }
             Told::ForkFailed { why } => recorder.record(Sample::failed(why)),

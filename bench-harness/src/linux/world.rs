@@ -13,8 +13,13 @@ const FIRMWARE: &str = "qboot.rom";
 /// Where distributions have it.
 const FIRMWARE_IN: [&str; 2] = ["/usr/share/qemu", "/usr/share/qboot"];
 /// What vhost-vsock needs besides what guests load, in this order.
-const VHOST: [&str; 5] =
-    ["vsock.ko", "vmw_vsock_virtio_transport_common.ko", "vhost_iotlb.ko", "vhost.ko", "vhost_vsock.ko"];
+const VHOST: [&str; 5] = [
+    "vsock.ko",
+    "vmw_vsock_virtio_transport_common.ko",
+    "vhost_iotlb.ko",
+    "vhost.ko",
+    "vhost_vsock.ko",
+];
 
 /// QEMU.
 #[derive(Clone, Debug)]

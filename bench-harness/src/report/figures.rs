@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ScenarioSummary, linux};
 use super::summary::stage_word;
+use super::{ScenarioSummary, linux};
 use crate::record::Summary;
 
 /// How far a figure is reached.

@@ -5,7 +5,7 @@ use super::{RunSummary, ScenarioSummary};
 use crate::record::Summary;
 
 /// Metric, and what it is held against. Of rates more is better, of times less.
-const COMPARED: [(&str, &str); 17] = [
+const COMPARED: [(&str, &str); 20] = [
     ("guest_fork_us", "guest_true_unforked_us"),
     ("guest_fork_us", "guest_true_us"),
     ("guest_fork_us", "qemu_snapshot_restore_us"),
@@ -21,8 +21,11 @@ const COMPARED: [(&str, &str); 17] = [
     ("boot_us", "qemu_boot_us"),
     ("boot_us", "qemu_boot_packed_us"),
     ("vsock_round_trip_us", "qemu_vsock_round_trip_us"),
+    ("unarmed_vsock_round_trip_us", "qemu_vsock_round_trip_us"),
     ("vsock_to_guest_mib_s", "qemu_vsock_to_guest_mib_s"),
+    ("unarmed_vsock_to_guest_mib_s", "qemu_vsock_to_guest_mib_s"),
     ("vsock_to_host_mib_s", "qemu_vsock_to_host_mib_s"),
+    ("unarmed_vsock_to_host_mib_s", "qemu_vsock_to_host_mib_s"),
 ];
 
 /// Moments of a boot in their order, as the scenario names them.

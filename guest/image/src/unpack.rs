@@ -88,7 +88,8 @@ fn lz4(mut packed: &[u8], len: usize) -> Option<Vec<u8>> {
     let mut all = Vec::new();
     while all.len() < len {
         let (size, rest) = packed.split_first_chunk()?;
-        let (block, rest) = rest.split_at_checked(usize::try_from(u32::from_le_bytes(*size)).ok()?)?;
+        let (block, rest) =
+            rest.split_at_checked(usize::try_from(u32::from_le_bytes(*size)).ok()?)?;
         let most = LZ4_BLOCK.min(len - all.len());
         all.extend(lz4_flex::block::decompress(block, most).ok()?);
         packed = rest;

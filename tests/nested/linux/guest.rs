@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use guest_image::Built;
+use nested_host::image::{self, File};
+use nested_host::{CHECK, FILES};
 use runtime::agent::{Agent, Command, Said, socket_of};
 use runtime::owner::Owner;
 use runtime::proto::InstanceConfig;
 use serde_json::json;
-use nested_host::image::{self, File};
-use nested_host::{CHECK, FILES};
 use uuid::Uuid;
 
 /// What a machine reads that is a child.
