@@ -95,7 +95,7 @@ fn profile(
     tell: &mut dyn FnMut(Told),
 ) -> Result<()> {
     for (name, said) in MOMENTS {
-        let (at, line) = line_with(lines, said)?;
+        let (at, line) = line_with(lines, said, || None)?;
         let mut value = |clock: &str, value| {
             tell(Told::Value { name: format!("profile_{who}_{name}_{clock}_ms"), value });
         };
@@ -104,7 +104,7 @@ fn profile(
             value("kernel", seconds * 1e3);
         }
     }
-    let (at, _) = line_with(lines, INIT)?;
+    let (at, _) = line_with(lines, INIT, || None)?;
     ensure!(at > begin, "time runs backwards");
     let value = us(at.duration_since(begin)) / 1e3;
     tell(Told::Value { name: format!("profile_{who}_first_line_host_ms"), value });

@@ -12,6 +12,8 @@ use uuid::Uuid;
 use super::clock::LONG;
 use super::world::World;
 
+/// After so long without a line it is looked whether there can be more.
+const LOOK: Duration = Duration::from_secs(1);
 /// Between two questions to somebody who is not there yet.
 const AGAIN: Duration = Duration::from_millis(1);
 
@@ -101,7 +103,11 @@ impl Guest {
 
     /// The next line of the root's console that has `what` in it, and when it came.
     pub(super) fn line(&self, what: &str) -> Result<Instant> {
-        line_with(&self.lines, what).map(|(at, _)| at)
+        let ended = || {
+            let exit = self.owner.with(self.root, |known| known.exit.clone()).ok().flatten()?;
+            Some(format!("it has ended: {exit:?}"))
+        };
+        line_with(&self.lines, what, ended).map(|(at, _)| at)
     }
 
     /// Ends an instance and waits until it is gone.
@@ -113,25 +119,27 @@ impl Guest {
     }
 }
 
-/// The next line that has `what` in it.
+/// The next line that has `what` in it. Now and then `ended` is asked whether there can be none.
 pub(super) fn line_with(
     lines: &Receiver<(Instant, String)>,
     what: &str,
+    ended: impl Fn() -> Option<String>,
 ) -> Result<(Instant, String)> {
     let end = Instant::now() + LONG;
     let mut last = String::new();
-    loop {
-        match lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+    let why = loop {
+        match lines.recv_timeout(LOOK) {
             Ok((at, line)) if line.contains(what) => return Ok((at, line)),
             Ok((_, line)) => last = line,
-            Err(RecvTimeoutError::Timeout) => {
-                bail!("the guest has not said {what:?}; it said last: {last:?}")
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                bail!("the guest ended before it said {what:?}; it said last: {last:?}")
-            }
+            Err(RecvTimeoutError::Timeout) => match ended() {
+                Some(why) => break why,
+                None if Instant::now() > end => break "it takes too long".to_owned(),
+                None => {}
+            },
+            Err(RecvTimeoutError::Disconnected) => break "it has ended".to_owned(),
         }
-    }
+    };
+    bail!("the guest has not said {what:?}, and {why}; it said last: {last:?}")
 }
 
 /// Puts lines together.

@@ -71,7 +71,7 @@ impl Qemu {
 
     /// The next line of its console that has `what` in it, and when it came.
     pub(super) fn line(&mut self, what: &str) -> Result<Instant> {
-        match line_with(&self.lines, what) {
+        match line_with(&self.lines, what, || None) {
             Ok((at, _)) => Ok(at),
             Err(error) => {
                 let mut said = String::new();

@@ -3,7 +3,7 @@ use super::*;
 const NAMES: &str = "quiet quiet-announced quiet-open dirty-10 dirty-100 dirty-1000 dirty-10000 \
     hot-1000 busy memory-128m memory-1g memory-4g memory-8g vcpus-2 vcpus-4 backing-4k \
     backing-thp backing-hugetlb depth-64 repeat-1000 children-100 children-1000 fanout-10 \
-    fanout-100 tax-1m tax-16m tax-128m upkeep probes";
+    fanout-100 tax-1m tax-16m tax-128m upkeep probes linux-fork linux-boot linux-vsock";
 
 fn parse(fields: &str) -> Result<Catalogue, ScenarioError> {
     let text = format!("[[scenario]]\nname = \"x\"\nabout = \"\"\nforks = 10\n{fields}");
@@ -50,6 +50,9 @@ fn select_goes_by_name_or_by_set() {
     let default = catalogue.select(Set::Default, &[]).unwrap();
     let all = catalogue.select(Set::All, &[]).unwrap();
     assert!(default.len() > 5 && default.len() < all.len());
+    let linux = catalogue.select(Set::Linux, &[]).unwrap();
+    assert_eq!(linux.len(), 3);
+    assert!(linux.iter().all(|scenario| scenario.kind.is_linux() && !all.contains(scenario)));
     let error = catalogue.select(Set::All, &["quit".into()]).unwrap_err().to_string();
     assert!(error.contains("quit") && error.contains("dirty-100"), "{error}");
 }
@@ -81,6 +84,7 @@ fn a_wrong_definition_names_the_field() {
         ("reference_mib = 8", "reference_mib is 8, must be 16 to 65536"),
         ("reference_mib = 32\nrate_pages_per_second = 5", "reference_mib is only for kind fork"),
         ("backing = \"hugetlb\"\nmemory_mib = 17", "must be even"),
+        ("kind = \"linux-boot\"\nvcpus = 2", "vcpus is not for Linux guests"),
     ] {
         let error = parse(fields).unwrap_err();
         let mut text = error.to_string();

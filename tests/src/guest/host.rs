@@ -29,9 +29,11 @@ pub fn run(ask: &Ask, place: &Place, mut told: impl FnMut(Event)) -> Result<i32,
     }
     let kernel = match &ask.kernel {
         Some(kernel) => kernel.clone(),
-        None => guest_image::kernel_dir()
-            .map_err(|error| GuestError::Missing(error.to_string()))?
-            .join("vmlinuz"),
+        None => {
+            let folder = guest_image::kernel_dir();
+            let folder = folder.map_err(|error| GuestError::Missing(error.to_string()))?;
+            guest_image::unpacked(&folder.join("vmlinuz")).context("the kernel")?
+        }
     };
     match place {
         Place::Here(_) => here(ask, &kernel, told),
