@@ -70,6 +70,8 @@ impl Guest {
         loop {
             match self.agent(instance).and_then(Agent::ping) {
                 Ok((uuid, _)) if uuid == instance => return Ok(()),
+                // A root learns who it is from its owner.
+                Ok((uuid, _)) if uuid.is_nil() => std::thread::sleep(AGAIN),
                 Ok((uuid, _)) => bail!("{instance} answers as {uuid}"),
                 Err(error) if Instant::now() > end => {
                     return Err(error).context("waiting for the agent");

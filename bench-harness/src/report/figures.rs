@@ -131,7 +131,7 @@ fn linux_guests(table: &mut Table<'_>) {
     let theirs = table.runs.get(name).and_then(|summary| {
         let best = |it: &&str| Some(summary.baselines.get(*it)?.p50.0);
         let all = ["qemu_boot_us", "qemu_boot_packed_us"];
-        all.iter().filter_map(|it| best(it)).reduce(f64::min)
+        all.iter().filter_map(best).reduce(f64::min)
     });
     let ratio = boot.zip(theirs).map(|(ours, theirs)| ours / theirs);
     table.at_most("boot to init / QEMU microvm's, p50", name, Some(1.0), None, ratio);

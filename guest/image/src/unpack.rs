@@ -105,16 +105,21 @@ mod tests {
 
     use super::*;
 
+    fn word(value: usize) -> [u8; 4] {
+        u32::try_from(value).expect("it is small").to_le_bytes()
+    }
+
     fn image(packed: &[u8], len: usize) -> Vec<u8> {
         let mut image = vec![0; 1024];
         image[0x1f1] = 1;
         image[0x202..0x206].copy_from_slice(b"HdrS");
         image[0x248..0x24c].copy_from_slice(&7_u32.to_le_bytes());
-        let whole = u32::try_from(packed.len() + 4).unwrap();
-        image[0x24c..0x250].copy_from_slice(&whole.to_le_bytes());
+        let whole = word(packed.len() + 4);
+        let len = word(len);
+        image[0x24c..0x250].copy_from_slice(&whole);
         image.extend([0; 7]);
         image.extend(packed);
-        image.extend(u32::try_from(len).unwrap().to_le_bytes());
+        image.extend(len);
         image
     }
 
@@ -128,13 +133,13 @@ mod tests {
     fn what_was_packed_is_unpacked() {
         let elf = elf();
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        gzip.write_all(&elf).unwrap();
+        gzip.write_all(&elf).expect("memory is written");
         let block = lz4_flex::block::compress(&elf);
-        let size = u32::try_from(block.len()).unwrap().to_le_bytes();
+        let size = word(block.len());
         let lz4 = [&LZ4[..], &size, &block].concat();
-        for packed in [gzip.finish().unwrap(), lz4] {
+        for packed in [gzip.finish().expect("memory is written"), lz4] {
             let image = image(&packed, elf.len());
-            let (found, len) = payload(&image).unwrap();
+            let (found, len) = payload(&image).expect("it has one");
             assert_eq!(unpack(found, len).as_ref(), Some(&elf));
             // One byte less or more than it says is another file.
             assert_eq!(unpack(found, len + 1), None);
@@ -155,8 +160,9 @@ mod tests {
         ) {
             drop(unpack(&bytes, len));
             drop(unpack(&[&LZ4[..], &bytes].concat(), len));
-            drop(payload(&bytes));
-            drop(payload(&image(&bytes, len)));
+            prop_assert!(payload(&bytes).is_none());
+            let image = image(&bytes, len);
+            prop_assert_eq!(payload(&image), Some((&*bytes, len)));
         }
     }
 }

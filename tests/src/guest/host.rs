@@ -27,14 +27,7 @@ pub fn run(ask: &Ask, place: &Place, mut told: impl FnMut(Event)) -> Result<i32,
     if let (None, Some(missing)) = (&ask.image, nested_host::image::missing()) {
         return Err(GuestError::Missing(missing));
     }
-    let kernel = match &ask.kernel {
-        Some(kernel) => kernel.clone(),
-        None => {
-            let folder = guest_image::kernel_dir();
-            let folder = folder.map_err(|error| GuestError::Missing(error.to_string()))?;
-            guest_image::unpacked(&folder.join("vmlinuz")).context("the kernel")?
-        }
-    };
+    let kernel = ask.kernel.clone().map_or_else(usual_kernel, Ok)?;
     match place {
         Place::Here(_) => here(ask, &kernel, told),
         Place::Emulated { .. } => emulated(ask, &kernel, |line| {
@@ -43,6 +36,13 @@ pub fn run(ask: &Ask, place: &Place, mut told: impl FnMut(Event)) -> Result<i32,
             }
         }),
     }
+}
+
+/// The one that `./just` fetches, unpacked.
+fn usual_kernel() -> Result<PathBuf, GuestError> {
+    let folder = guest_image::kernel_dir();
+    let folder = folder.map_err(|error| GuestError::Missing(error.to_string()))?;
+    Ok(guest_image::unpacked(&folder.join("vmlinuz")).context("the kernel")?)
 }
 
 /// Gives what is neither an event nor the kernel's own to stderr.
