@@ -31,6 +31,9 @@ const AIM: u64 = 16;
 /// Shortest and longest time between two sync rounds.
 const ROUND_MIN: Duration = Duration::from_millis(2);
 const ROUND_MAX: Duration = Duration::from_millis(500);
+/// A round comes at the earliest after so many times what the last one took: where everything takes
+/// long, as below an emulator, a guest would do little else than be followed.
+const ROUND_SHARE: u32 = 8;
 /// The first one after a fork: a guest that has just forked is about to write.
 const ROUND_AFTER_FORK: Duration = Duration::from_millis(4);
 /// Pause after a standby could not be made, unless a fork waits for one.
@@ -309,6 +312,7 @@ impl Keeper {
     /// What the dirty log or the zygote says.
     pub fn round(&mut self, instance: &Instance) -> Result<(), ForkCause> {
         let link = instance.link();
+        let begin = now_ns();
         let mut engine = instance.engine();
         let Some(capture) = &mut engine.capture else { return Ok(()) };
         let pages = capture.begin_round(instance.machine(), instance.ram())?;
@@ -330,7 +334,7 @@ impl Keeper {
         drop(engine);
         self.rounds += 1;
         self.synced_pages += pages as u64;
-        self.pace(pages as u64);
+        self.pace(pages as u64, Duration::from_nanos(now_ns().saturating_sub(begin)));
         link.header().journal_used.fetch_max(head, Ordering::Relaxed);
         self.zygote.sync(head)?;
         let mut engine = instance.engine();
@@ -367,11 +371,12 @@ impl Keeper {
 
     /// Chooses when the next round is due: often enough that few pages are left to a fork, seldom
     /// when little happens. A guest that begins to write is followed at once, one that stops slowly.
-    fn pace(&mut self, pages: u64) {
+    fn pace(&mut self, pages: u64, took: Duration) {
         let elapsed = self.round.as_nanos();
         let aim = elapsed * u128::from(AIM) / u128::from(pages.max(1));
         let aim = Duration::from_nanos(u64::try_from(aim).unwrap_or(u64::MAX));
-        self.round = aim.min(self.round * 2).clamp(ROUND_MIN, ROUND_MAX);
+        let least = took.saturating_mul(ROUND_SHARE).clamp(ROUND_MIN, ROUND_MAX);
+        self.round = aim.min(self.round * 2).clamp(least, ROUND_MAX);
         self.schedule();
     }
 
