@@ -153,6 +153,19 @@ impl Agent {
         }
     }
 
+    /// Tells the workload to end, with SIGTERM.
+    ///
+    /// # Errors
+    ///
+    /// What became of the connection.
+    pub fn terminate(mut self) -> Result<(), AgentError> {
+        self.ask(&Request::Terminate)?;
+        match self.reply()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// Starts a program. Its input goes through [`Running::input`].
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Tests that need a standard KVM: they run inside the nested test host, in this same program.
 //!
-//! Names are `nested::area::what_holds`. Outside, all of them are run in one host as soon as the
-//! first is asked for; inside, each says in one line what became of it.
+//! Names are `nested::area::what_holds`. Outside, all that are asked for are run in one host as soon
+//! as the first is; inside, each says in one line what became of it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -39,12 +39,21 @@ fn main() {
     if let Some(missing) = &missing {
         eprintln!("the nested tests are ignored: {missing}");
     }
+    let without_python = image::python_root().err().map(|error| error.to_string());
+    if let (None, Some(missing)) = (&missing, &without_python) {
+        eprintln!("the nested tests with Python are ignored: {missing}");
+    }
+    let lacks = |name: &str| {
+        let python = name.starts_with(linux::WITH_PYTHON);
+        missing.clone().or_else(|| without_python.clone().filter(|_| python))
+    };
     let all: Vec<&str> = cases().iter().map(|(name, _)| *name).collect();
-    let ignored = missing.is_some();
+    let can = all.iter().copied().filter(|name| lacks(name).is_none() && asked(&arguments, name));
+    let can: Vec<&str> = can.collect();
     let results = Arc::new(OnceLock::new());
     let trials = all.iter().map(|name| {
-        let (results, missing, all) = (results.clone(), missing.clone(), all.clone());
-        let name = *name;
+        let (results, missing, all) = (results.clone(), lacks(name), can.clone());
+        let (name, ignored) = (*name, missing.is_some());
         let body = move || match missing {
             // Asked for all the same.
             Some(missing) => Err(Failed::from(missing)),
@@ -60,6 +69,15 @@ fn main() {
         .with_ignored_flag(missing.is_some()),
     );
     libtest_mimic::run(&arguments, trials).exit();
+}
+
+/// Whether a test is among those that the arguments name.
+fn asked(arguments: &Arguments, name: &str) -> bool {
+    let name = format!("nested::{name}");
+    let is = |wanted: &String| {
+        if arguments.exact { name == *wanted } else { name.contains(wanted.as_str()) }
+    };
+    arguments.filter.as_ref().is_none_or(is) && !arguments.skip.iter().any(is)
 }
 
 /// With everything that was begun for it.
@@ -118,11 +136,15 @@ fn outside(wanted: &[&str]) -> Results {
 
 fn run(wanted: &[&str], told: &mut BTreeMap<String, Result<(), String>>) -> Result<()> {
     let guest = linux::image()?;
+    let mut files = vec![("vmlinuz".to_owned(), guest.kernel), ("image".to_owned(), guest.path)];
+    if wanted.iter().any(|name| name.starts_with(linux::WITH_PYTHON)) {
+        files.push(("python".to_owned(), image::python()?.path));
+    }
     let program = Program {
         name: "tests".to_owned(),
         path: std::env::current_exe()?,
         environment: vec![(INSIDE.to_owned(), wanted.join(","))],
-        files: vec![("vmlinuz".to_owned(), guest.kernel), ("image".to_owned(), guest.path)],
+        files,
         ..Program::default()
     };
     let begin = Instant::now();

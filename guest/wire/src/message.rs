@@ -13,7 +13,7 @@ use crate::frame::{Frame, FrameError, Kind, read_frame, write_frame};
 /// State of an instance, as `vm/<uuid>/status` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Status {
-    /// It is being made.
+    /// It was made; its agent has not called yet.
     Starting,
     /// It runs.
     Running,
@@ -51,6 +51,11 @@ pub enum Question {
         id: u64,
         /// The child.
         uuid: Uuid,
+    },
+    /// I am a template from now on.
+    Template {
+        /// Repeated in the answer.
+        id: u64,
     },
 }
 
@@ -94,6 +99,11 @@ pub enum Answer {
     },
     /// To either: the asking instance has no such child.
     Unknown {
+        /// Of the question.
+        id: u64,
+    },
+    /// To [`Question::Template`].
+    Noted {
         /// Of the question.
         id: u64,
     },
@@ -146,6 +156,9 @@ pub enum Request {
     /// Fork, as a program in the guest does. Answered with [`Reply::Forked`], in the parent: the
     /// child does not have this connection.
     Fork,
+    /// End the workload: its process group gets SIGTERM. Answered with [`Reply::Done`]; the machine
+    /// ends when the workload does.
+    Terminate,
 }
 
 /// What the host says while a program runs, besides its input.
@@ -207,7 +220,7 @@ pub enum Reply {
         /// What failed.
         message: String,
     },
-    /// The file is written.
+    /// The file is written, or the signal sent.
     Done,
     /// The file that follows.
     File {
@@ -279,6 +292,7 @@ mod tests {
             Answer::Child { id: 2, info: ChildInfo { exit: Some(-1), ..info } },
             Answer::Stopped { id: 3, code: 137 },
             Answer::Unknown { id: 4 },
+            Answer::Noted { id: 5 },
         ];
         for answer in answers {
             assert_eq!(again(&answer), answer);

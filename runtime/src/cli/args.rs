@@ -272,9 +272,12 @@ pub struct TraceArgs {
 pub struct StopArgs {
     /// The instance: its UUID, or as much of its beginning as is unambiguous
     pub instance: Prefix,
-    /// Exit code of the instance; the default is that of SIGTERM
+    /// Exit code of an instance that did not end by itself; the default is that of SIGTERM
     #[arg(long, value_name = "N", default_value_t = 143)]
     pub code: u8,
+    /// How long the workload of a Linux instance may take to end by itself once it got SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub drain: u32,
     /// Print a JSON object
     #[arg(long)]
     pub json: bool,

@@ -113,7 +113,9 @@ impl Server {
                 made.map(Answer::Children)
             }
             Ask::Wait { instance } => self.wait(instance, connection),
-            Ask::Stop { instance, code } => self.stop(instance, code),
+            Ask::Stop { instance, code, drain_s } => {
+                self.stop(instance, code, Duration::from_secs(drain_s.into()))
+            }
             Ask::Kill { instance, recursive } => self.kill(instance, recursive),
             Ask::Pause { instance } => self.request(instance, Request::Pause),
             Ask::Resume { instance } => self.request(instance, Request::Resume),
@@ -210,7 +212,15 @@ impl Server {
         }
     }
 
-    fn stop(&self, uuid: Uuid, code: u8) -> Result<Answer, OwnerError> {
+    /// A guest with an agent may finish what it is at first.
+    fn stop(&self, uuid: Uuid, code: u8, drain: Duration) -> Result<Answer, OwnerError> {
+        if !drain.is_zero() {
+            match self.owner.drain(uuid, drain) {
+                // It has no agent, or its agent says nothing: it is ended without.
+                Ok(_) | Err(OwnerError::Agent(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
         match self.owner.ask(uuid, Request::Stop { code: code.into() }) {
             // It may be gone before its answer is.
             Ok(_) | Err(OwnerError::Ended { .. }) => {}

@@ -54,7 +54,7 @@ pub fn wait(args: &InstanceArgs) -> Result<u8, CliError> {
 
 pub fn stop(args: &StopArgs) -> Result<u8, CliError> {
     let (line, instance) = alive(&args.instance)?;
-    let ask = Ask::Stop { instance: instance.uuid, code: args.code };
+    let ask = Ask::Stop { instance: instance.uuid, code: args.code, drain_s: args.drain };
     let Answer::Exited { code, .. } = with_progress("stopping", || line.ask(&ask))? else {
         return Err(unexpected());
     };

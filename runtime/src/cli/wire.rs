@@ -28,7 +28,7 @@ pub enum Ask {
     /// Answers once the instance has ended.
     Wait { instance: Uuid },
     /// Ends an instance with a code.
-    Stop { instance: Uuid, code: u8 },
+    Stop { instance: Uuid, code: u8, drain_s: u32 },
     /// Kills.
     Kill { instance: Uuid, recursive: bool },
     /// Stops the vCPUs.

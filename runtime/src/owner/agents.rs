@@ -82,6 +82,17 @@ fn serve(shared: &Arc<Shared>, connection: UnixStream) {
     let Ok(mut out) = connection.try_clone() else { return };
     let mut from = BufReader::new(connection);
     let Some(asking) = whose(&mut from) else { return };
+    // Its agent may call before its VMM has.
+    let called = shared.wait("call of a child", BIRTH, |state| {
+        let known = state.maybe_instance(asking)?;
+        if known.status == Status::Starting {
+            known.status = Status::Running;
+        }
+        Some(())
+    });
+    if called.is_err() {
+        return;
+    }
     if write_control(&mut out, &Answer::Welcome { uuid: asking }).is_err() {
         return;
     }
@@ -143,6 +154,13 @@ fn take_ready(
     questions.retain(|(question, asked)| {
         let (id, uuid) = match *question {
             Question::Child { id, uuid } | Question::Wait { id, uuid } => (id, uuid),
+            Question::Template { id } => {
+                if let Some(known) = state.maybe_instance(asking) {
+                    known.status = Status::Template;
+                }
+                ready.push(Answer::Noted { id });
+                return false;
+            }
         };
         let answer = match state.maybe_instance(uuid) {
             Some(known) if known.parent == Some(asking) => answer(question, uuid, known),
@@ -164,13 +182,14 @@ fn answer(question: &Question, uuid: Uuid, known: &Known) -> Option<Answer> {
             let status = match (ended, &known.exit) {
                 (Some(_), _) => Status::Stopped,
                 (None, Some(_)) => Status::Stopping,
-                (None, None) => Status::Running,
+                (None, None) => known.status,
             };
             let snapshot = snapshot(known.parent.unwrap_or_default(), uuid);
             let creation_time = known.created;
             let info = ChildInfo { status, creation_time, snapshot, exit: ended };
             Some(Answer::Child { id, info })
         }
+        Question::Template { .. } => None,
     }
 }
 

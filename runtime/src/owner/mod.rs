@@ -31,6 +31,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use guest_wire::Status;
 use uuid::Uuid;
 
 pub use crate::program::play_part as instance_if_asked;
@@ -345,6 +346,30 @@ impl Owner {
         let mut state = self.shared.state();
         state.instance(uuid)?.kill();
         Ok(())
+    }
+
+    /// Has a guest with an agent end by itself: its workload gets SIGTERM and may finish what it is
+    /// at. Meanwhile its parent sees it as [`Status::Draining`]. Returns whether it has ended.
+    ///
+    /// # Errors
+    ///
+    /// That there is no such instance, or no agent in it.
+    pub fn drain(&self, uuid: Uuid, time: Duration) -> Result<bool, OwnerError> {
+        if let Some(ended) = self.with(uuid, |known| known.ended(uuid))? {
+            return Err(ended);
+        }
+        let agent = Agent::connect(&agent::socket_of(self.folder.path(), uuid))?;
+        let before =
+            self.with(uuid, |known| std::mem::replace(&mut known.status, Status::Draining))?;
+        if let Err(error) = agent.terminate() {
+            self.with(uuid, |known| known.status = before)?;
+            return Err(error.into());
+        }
+        match self.wait_exit(uuid, time) {
+            Ok(_) => Ok(true),
+            Err(OwnerError::Timeout { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Forgets an instance that has ended.

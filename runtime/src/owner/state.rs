@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ebpf_loader::Counted;
+use guest_wire::Status;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use uuid::Uuid;
@@ -48,6 +49,9 @@ pub struct Known {
     pub counted: Counted,
     /// How long arming took.
     pub armed_us: Option<u64>,
+    /// What it does, as long as it has not said that it ends. Only a guest with an agent is more than
+    /// [`Status::Starting`].
+    pub status: Status,
     /// Exit code and reason, once it has said so.
     pub exit: Option<(i32, Option<String>)>,
     /// Its connection is closed.
@@ -357,6 +361,7 @@ impl State {
                     notes: Vec::new(),
                     counted: Counted::new(),
                     armed_us: None,
+                    status: Status::Starting,
                     exit: None,
                     gone: false,
                     replies: HashMap::new(),

@@ -2,6 +2,7 @@
 //!
 //! It is packed as an archive without times, so that the same image is made once on each machine.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,6 +29,27 @@ pub fn missing() -> Option<String> {
         return Some("a static busybox is not there; ./just installs it".to_owned());
     };
     guest_image::kernel_dir().err().map(|error| error.to_string())
+}
+
+/// A root with Python and `SQLite` from Debian's packages, which `./just` fetches.
+///
+/// # Errors
+///
+/// That there is none.
+pub fn python_root() -> Result<PathBuf> {
+    let root = guest_image::cache_dir()?.join("python/root");
+    ensure!(root.is_dir(), "{} is not there; ./just fetches it", root.display());
+    Ok(root)
+}
+
+/// The image of that.
+///
+/// # Errors
+///
+/// That it is not there, and what goes wrong in writing.
+pub fn python() -> Result<Built> {
+    let source = Source::Directory(python_root()?);
+    guest_image::build(&source, &Options::default()).context("an image with Python")
 }
 
 /// The image with busybox and `files`, that runs `command` if it is not empty.

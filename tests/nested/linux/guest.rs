@@ -27,7 +27,7 @@ done"#;
 /// Waits for an exit code, and ends with it.
 const WORKLOAD: &str = "mkfifo /run/end; read code < /run/end; exit $code";
 
-/// The image of both guests.
+/// The image of all guests but the one with Python.
 pub fn image() -> Result<Built> {
     let check = File { path: "bin/ukp-check", bytes: CHECK, mode: 0o755 };
     let machine_id = File { path: "etc/machine-id", bytes: &[b'0'; 33], mode: 0o644 };
@@ -44,6 +44,7 @@ type Slot = Mutex<Option<Result<Arc<Guest>, String>>>;
 
 static ONE: Slot = Mutex::new(None);
 static TWO: Slot = Mutex::new(None);
+static PYTHON: Slot = Mutex::new(None);
 
 fn lock(slot: &'static Slot) -> MutexGuard<'static, Option<Result<Arc<Guest>, String>>> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
@@ -56,7 +57,7 @@ fn held(slot: &'static Slot, boot: fn() -> Result<Guest>) -> Result<Arc<Guest>> 
 
 /// The guest with one vCPU.
 pub fn one() -> Result<Arc<Guest>> {
-    held(&ONE, || Guest::boot(InstanceConfig::default(), &json!({ "hostname": "node-{uuid}" })))
+    held(&ONE, || Guest::boot(small(), &json!({ "hostname": "node-{uuid}" })))
 }
 
 /// The guest with two vCPUs, where two threads run at the same time.
@@ -64,14 +65,27 @@ pub fn two() -> Result<Arc<Guest>> {
     held(&TWO, || {
         // Not as a real-time thread: a vCPU that waits in the fork path would keep the other from
         // the only processor.
-        let config = InstanceConfig { vcpus: 2, realtime: false, ..<_>::default() };
+        let config = InstanceConfig { vcpus: 2, realtime: false, ..small() };
         Guest::boot(config, &json!({ "fork_queue": 1, "retention_s": 3 }))
     })
 }
 
-/// Ends both; returns their folders.
+/// The guest with Python and SQLite.
+pub fn python() -> Result<Arc<Guest>> {
+    held(&PYTHON, || {
+        let initrd = Path::new(FILES).join("python");
+        let config = InstanceConfig { memory_mib: 320, initrd, ..small() };
+        Guest::boot(config, &json!({ "freeze": true }))
+    })
+}
+
+fn small() -> InstanceConfig {
+    InstanceConfig { memory_mib: 192, initrd: Path::new(FILES).join("image"), ..<_>::default() }
+}
+
+/// Ends all of them; returns their folders.
 pub fn end_all() -> Vec<PathBuf> {
-    let guests = [&ONE, &TWO].into_iter().filter_map(|slot| lock(slot).take()?.ok());
+    let guests = [&ONE, &TWO, &PYTHON].into_iter().filter_map(|slot| lock(slot).take()?.ok());
     guests.map(|guest| guest.owner.folder().to_owned()).collect()
 }
 
@@ -91,12 +105,9 @@ impl Guest {
         for (name, value) in more.as_object().into_iter().flatten() {
             init[name] = value.clone();
         }
-        let file = |name: &str| Path::new(FILES).join(name);
         let vcpus = config.vcpus;
         let root = owner.start(InstanceConfig {
-            memory_mib: 192,
-            kernel: file("vmlinuz"),
-            initrd: file("image"),
+            kernel: Path::new(FILES).join("vmlinuz"),
             initrd_tail: config_archive(&init)?,
             cmdline: "console=ttyS0 quiet panic=-1 rdinit=/.uk/init".to_owned(),
             ..config
@@ -114,6 +125,8 @@ impl Guest {
         loop {
             match self.agent(instance).and_then(|agent| Ok(agent.ping()?)) {
                 Ok((uuid, generation)) if uuid == instance => return Ok(generation),
+                // It has not yet heard who it is.
+                Ok((uuid, _)) if uuid.is_nil() && Instant::now() < end => {}
                 Ok((uuid, _)) => bail!("{instance} answers as {uuid}"),
                 Err(error) => {
                     let exit = self.owner.with(instance, |known| known.exit.clone())?;

@@ -1,9 +1,9 @@
 //! Linux guests: `/uk/libukp` as the specification has it, sentence by sentence, and what the host
 //! does with a guest.
 //!
-//! A boot takes long here, and so does a fork. So there are two guests, each booted by the first
+//! A boot takes long here, and so does a fork. So there are three guests, each booted by the first
 //! test that asks for it: `one` as a user has it, `two` with two vCPUs, a short queue and a short
-//! retention. Tests whose sentences are seen in the same fork share that fork: a *story* happens
+//! retention, `python` with programs that nobody here wrote, frozen across forks. Tests whose sentences are seen in the same fork share that fork: a *story* happens
 //! once, and each test looks at its part of what was told.
 
 mod calls;
@@ -12,19 +12,23 @@ mod forks;
 mod guest;
 mod host;
 mod identity;
+mod python;
 
 use anyhow::{Result, ensure};
 pub use guest::image;
 
 use super::Inside;
 
+/// How the names of tests begin that need a root with Python.
+pub const WITH_PYTHON: &str = "python::";
+
 pub fn cases() -> Vec<Inside> {
     let last: Vec<Inside> = vec![("linux::everything_has_an_end", all_gone)];
     let areas = [forks::cases(), children::cases(), identity::cases(), host::cases()];
-    areas.into_iter().chain([calls::cases(), last]).flatten().collect()
+    areas.into_iter().chain([calls::cases(), python::cases(), last]).flatten().collect()
 }
 
-/// The last test: no process is left of two guests, their children, standbys and zygotes.
+/// The last test: no process is left of the guests, their children, standbys and zygotes.
 fn all_gone() -> Result<()> {
     let folders = guest::end_all();
     for folder in folders {

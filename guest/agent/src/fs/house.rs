@@ -57,7 +57,10 @@ impl Inner {
     /// The kernel tells of signals (`FUSE_INTERRUPT`), but the FUSE library does not pass it on, and
     /// who waits for an answer of ours cannot even be killed. So it is looked after.
     fn take_interrupted(&mut self) -> Vec<Waiter> {
-        self.waiters.extract_if(.., |waiter| Proc.is_interrupted(waiter.tid)).collect()
+        let interrupted = |waiter: &mut Waiter| Proc.is_interrupted(waiter.tid);
+        let mut all: Vec<Waiter> = self.waiters.extract_if(.., interrupted).collect();
+        all.extend(self.in_clones.extract_if(.., interrupted));
+        all
     }
 
     fn expire(&mut self, now: Duration) -> Vec<PollNotifier> {
@@ -68,7 +71,8 @@ impl Inner {
     }
 
     fn next_look(&self, now: Duration) -> Option<Duration> {
-        let signals = (!self.waiters.is_empty()).then_some(SIGNAL_INTERVAL);
+        let somebody = !self.waiters.is_empty() || !self.in_clones.is_empty();
+        let signals = somebody.then_some(SIGNAL_INTERVAL);
         let answers = self.asked.values().map(|asked| asked.limit).min();
         let again = self.again.iter().map(|(at, _)| *at).min();
         let times = [answers, again, self.machine.children.next_expiry()].into_iter().flatten();

@@ -255,8 +255,11 @@ impl Filesystem for Libukp {
             }
             Node::TemplateInstance => {
                 drop(guard);
-                say("template_instance: making a template is not supported yet");
-                reply.error(Errno::EOPNOTSUPP);
+                if data.trim_ascii() == b"1" {
+                    self.service.become_template(request.pid(), len_bytes, reply);
+                } else {
+                    reply.error(Errno::EINVAL);
+                }
             }
             _ => reply.error(Errno::EACCES),
         }

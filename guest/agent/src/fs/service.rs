@@ -43,7 +43,7 @@ impl ForkRequest {
     }
 }
 
-/// A write to `wait`.
+/// A write to `wait`, or to `template_instance`.
 pub(super) struct Waiter {
     pub(super) child: u32,
     pub(super) tid: u32,
@@ -62,6 +62,8 @@ pub(super) struct Inner {
     /// The barrier that is on its way.
     passing: Option<u64>,
     pub(super) waiters: Vec<Waiter>,
+    /// Writes to `template_instance`, which return in clones.
+    pub(super) in_clones: Vec<Waiter>,
     pub(super) polls: BTreeMap<u64, (u32, PollNotifier)>,
     pub(super) asked: BTreeMap<u64, Asked>,
     pub(super) next_asked: u64,
@@ -93,6 +95,7 @@ impl Service {
             barrier: None,
             passing: None,
             waiters: Vec::new(),
+            in_clones: Vec::new(),
             polls: BTreeMap::new(),
             asked: BTreeMap::new(),
             next_asked: 0,
@@ -144,6 +147,7 @@ impl Service {
         let mut inner = self.lock();
         inner.closed = true;
         inner.waiters.clear();
+        inner.in_clones.clear();
         inner.asked.clear();
         inner.polls.clear();
         self.work.notify_all();
@@ -222,6 +226,7 @@ impl Service {
         inner.passing = inner.barrier.take();
         let forks = inner.machine.became_child(own, generation, inner.passing.is_some());
         let waiters = std::mem::take(&mut inner.waiters);
+        let in_clones = std::mem::take(&mut inner.in_clones);
         let asked = std::mem::take(&mut inner.asked);
         let polls = std::mem::take(&mut inner.polls);
         inner.again.clear();
@@ -235,6 +240,9 @@ impl Service {
         }
         for asked in asked.into_values() {
             asked.reply.error(Errno::ESTALE);
+        }
+        for waiter in in_clones {
+            waiter.reply.written(waiter.len_bytes);
         }
         // They ask again, and get an error.
         notify(polls.into_values().map(|(_, notifier)| notifier));
@@ -283,6 +291,17 @@ impl Service {
     ) {
         inner.waiters.push(Waiter { child, tid, len_bytes, reply });
         self.tick.notify_one();
+    }
+
+    /// A write to `template_instance`: it returns in each clone, when that is another machine.
+    pub(super) fn become_template(&self, tid: u32, len_bytes: u32, reply: ReplyWrite) {
+        let Some(host) = self.host() else { return reply.error(Errno::EIO) };
+        let mut inner = self.lock();
+        // It is no child's end that is waited for.
+        inner.in_clones.push(Waiter { child: u32::MAX, tid, len_bytes, reply });
+        self.tick.notify_one();
+        drop(inner);
+        host.template();
     }
 
     /// Somebody polls `wait` of a child that lives.

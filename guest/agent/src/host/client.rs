@@ -38,6 +38,7 @@ pub type Welcome = Box<dyn Fn(Uuid) -> bool + Send + Sync>;
 enum Open {
     Child(Then<ChildInfo>),
     Wait(Then<i32>),
+    Template,
 }
 
 #[derive(Default)]
@@ -170,7 +171,10 @@ impl Client {
 
     fn answered(&self, answer: &Answer) {
         let id = match answer {
-            Answer::Child { id, .. } | Answer::Stopped { id, .. } | Answer::Unknown { id } => *id,
+            Answer::Child { id, .. }
+            | Answer::Stopped { id, .. }
+            | Answer::Unknown { id }
+            | Answer::Noted { id } => *id,
             Answer::Welcome { .. } => return,
         };
         let mut line = lock(&self.line.0);
@@ -179,6 +183,7 @@ impl Client {
         match (open, answer) {
             (Some((_, Open::Child(then))), Answer::Child { info, .. }) => then(Ok(*info)),
             (Some((_, Open::Wait(then))), Answer::Stopped { code, .. }) => then(Ok(*code)),
+            (Some((_, Open::Template)), Answer::Noted { .. }) => {}
             (Some((_, open)), Answer::Unknown { .. }) => open.give_up(HostError::Unknown),
             (Some((_, open)), answer) => {
                 say(format_args!("the host answered another question than was asked: {answer:?}"));
@@ -196,6 +201,10 @@ impl Host for Client {
 
     fn wait(&self, uuid: Uuid, then: Then<i32>) {
         self.ask(uuid, Open::Wait(then));
+    }
+
+    fn template(&self) {
+        self.ask(Uuid::nil(), Open::Template);
     }
 
     fn became_child(&self) {
@@ -216,6 +225,7 @@ impl Open {
         match self {
             Self::Child(then) => then(Err(error)),
             Self::Wait(then) => then(Err(error)),
+            Self::Template => {}
         }
     }
 }
@@ -224,6 +234,7 @@ fn question(id: u64, uuid: Uuid, open: &Open) -> Question {
     match open {
         Open::Child(_) => Question::Child { id, uuid },
         Open::Wait(_) => Question::Wait { id, uuid },
+        Open::Template => Question::Template { id },
     }
 }
 

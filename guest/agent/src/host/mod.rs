@@ -33,6 +33,9 @@ pub trait Host: Send + Sync {
     /// The exit code of the child `uuid`, when it has stopped.
     fn wait(&self, uuid: Uuid, then: Then<i32>);
 
+    /// This instance is a template from now on.
+    fn template(&self);
+
     /// This is another machine now: open questions are given up, and the connection is made anew.
     fn became_child(&self);
 }

@@ -16,6 +16,7 @@ use guest_wire::{
     FrameError, Kind, Reply, Request, WorkloadState, read_control, write_control, write_frame,
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::process::Signal;
 
 use crate::cli::{self, CliError};
 use crate::console::{chain, say};
@@ -131,6 +132,12 @@ impl Server {
             Request::Write { path, mode } => files::write(&connection, &path, mode),
             Request::Read { path } => files::read(&connection, &path),
             Request::Fork => self.fork(&connection),
+            Request::Terminate => {
+                if let WorkloadState::Running { pid } = *lock(&self.workload) {
+                    self.reaper.signal(pid, Signal::TERM);
+                }
+                connection.reply(&Reply::Done)
+            }
         }
     }
 

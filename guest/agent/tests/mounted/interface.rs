@@ -10,7 +10,7 @@ use crate::rig::{Rig, errno};
 pub const CASES: &[Case] = &[
     ("interface::the_folder_lists_its_files", the_folder_lists_its_files),
     ("interface::scale_to_zero_is_counted", scale_to_zero_is_counted),
-    ("interface::templates_are_not_made_yet", templates_are_not_made_yet),
+    ("interface::a_write_to_template_instance_returns_in_the_clone", template),
     ("interface::any_user_may_fork", any_user_may_fork),
     ("interface::ukp_forks_and_waits", ukp_forks_and_waits),
 ];
@@ -32,10 +32,24 @@ fn scale_to_zero_is_counted() -> Result<()> {
     Ok(())
 }
 
-fn templates_are_not_made_yet() -> Result<()> {
+fn template() -> Result<()> {
     let rig = Rig::new()?;
-    ensure!(errno(fs::write(rig.path("template_instance"), "1")) == libc::EOPNOTSUPP);
-    ensure!(fs::read(rig.path("template_instance"))?.is_empty());
+    let path = rig.path("template_instance");
+    ensure!(errno(fs::write(&path, "what?")) == libc::EINVAL);
+    ensure!(fs::read(&path)?.is_empty());
+    let writer = std::thread::spawn(move || fs::write(path, "1\n"));
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while rig.host.templates() == 0 {
+        ensure!(std::time::Instant::now() < end, "the host is not told");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    rig.next(crate::rig::Fork::Child(uuid::Uuid::new_v4()));
+    fs::write(rig.path("fork"), "1")?;
+    ensure!(!writer.is_finished(), "it has returned in the template");
+    rig.next(crate::rig::Fork::Become(uuid::Uuid::new_v4(), 5));
+    fs::write(rig.path("fork"), "1")?;
+    writer.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+    ensure!(rig.host.templates() == 1);
     Ok(())
 }
 

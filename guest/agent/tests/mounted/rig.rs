@@ -102,10 +102,16 @@ struct Known {
     waits: Vec<(Uuid, Then<i32>)>,
     silent: bool,
     silenced: Vec<Then<ChildInfo>>,
+    templates: u32,
     late: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Children {
+    /// How often this instance has become a template.
+    pub fn templates(&self) -> u32 {
+        lock(&self.inner).templates
+    }
+
     /// The host knows this child.
     pub fn add(&self, uuid: Uuid) {
         let info = ChildInfo {
@@ -159,6 +165,10 @@ pub fn snapshot() -> Uuid {
 }
 
 impl Host for Children {
+    fn template(&self) {
+        lock(&self.inner).templates += 1;
+    }
+
     fn child(&self, uuid: Uuid, then: Then<ChildInfo>) {
         let mut known = lock(&self.inner);
         if known.silent {
