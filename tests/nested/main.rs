@@ -20,7 +20,9 @@ const INSIDE: &str = "UKP_INSIDE";
 /// Begins the line that says what became of a test.
 const TOLD: &str = "@ukp-test ";
 /// How long the host may take, boot and all tests: four times what it takes on a quiet machine.
-const LIMIT: Duration = Duration::from_mins(16);
+const LIMIT: Duration = Duration::from_mins(20);
+/// And for each child that is asked for besides.
+const LIMIT_EACH: Duration = Duration::from_secs(10);
 
 /// A test that runs inside.
 type Inside = (&'static str, fn() -> Result<()>);
@@ -140,15 +142,21 @@ fn run(wanted: &[&str], told: &mut BTreeMap<String, Result<(), String>>) -> Resu
     if wanted.iter().any(|name| name.starts_with(linux::WITH_PYTHON)) {
         files.push(("python".to_owned(), image::python()?.path));
     }
+    let mut environment = vec![(INSIDE.to_owned(), wanted.join(","))];
+    let children = std::env::var(linux::CHILDREN_FROM).ok();
+    let more = children.as_ref().map_or(Ok(0), |number| number.parse::<u32>());
+    let more = more.with_context(|| format!("{} is no number", linux::CHILDREN_FROM))?;
+    environment.extend(children.map(|number| (linux::CHILDREN_FROM.to_owned(), number)));
     let program = Program {
         name: "tests".to_owned(),
         path: std::env::current_exe()?,
-        environment: vec![(INSIDE.to_owned(), wanted.join(","))],
+        environment,
         files,
         ..Program::default()
     };
     let begin = Instant::now();
-    nested_host::run(&[program], LIMIT, |line| {
+    let limit = LIMIT + LIMIT_EACH * more;
+    nested_host::run(&[program], limit, |line| {
         eprintln!("nested: {line}");
         if let Some((name, what)) = line.strip_prefix(TOLD).and_then(|line| line.split_once(' ')) {
             let result = if what == "ok" { Ok(()) } else { Err(what.to_owned()) };

@@ -6,6 +6,8 @@
 //!  forks N       N threads fork at the same time, each by a file of its own
 //!  handles UUID  forks with files of that child open; what they say in the new child
 //!  poll UUID     open files and poll(2) until that child has stopped
+//!  spin          how long nothing ran between the fork and the new generation, in the child
+//!  vsock PORT    a connection to the host across a fork, and the context id
 //!  load SECONDS  memory, registers and a pipe are worked with, and are right in every machine
 //!
 //!  true N        fork, exec and wait of /bin/true, N times: how long each took, in µs
@@ -23,7 +25,9 @@ mod load;
 mod measure;
 mod say;
 mod sockets;
+mod spin;
 mod threads;
+mod vsocks;
 
 use std::process::ExitCode;
 
@@ -49,6 +53,8 @@ fn run() -> Result<()> {
         "forks" => threads::forks(value.parse().context("how many threads?")?),
         "handles" => files::handles(&value),
         "poll" => files::poll_until_stopped(&value),
+        "spin" => spin::until_another_machine(),
+        "vsock" => vsocks::across_a_fork(value.parse().context("which port?")?),
         "load" => load::work(value.parse().context("how many seconds?")?),
         "true" => measure::trues(value.parse().context("how often?")?),
         "init" => measure::init(),

@@ -25,6 +25,7 @@ pub fn shown(result: io::Result<String>) -> String {
             Some(5) => "EIO".to_owned(),
             Some(11) => "EAGAIN".to_owned(),
             Some(16) => "EBUSY".to_owned(),
+            Some(104) => "ECONNRESET".to_owned(),
             Some(116) => "ESTALE".to_owned(),
             _ => format!("{error:?}").replace('\n', " "),
         },

@@ -220,6 +220,28 @@ mod tests {
     }
 
     #[test]
+    fn each_state_is_told_as_it_is() {
+        let child = Uuid::new_v4();
+        let told =
+            |known: &Known| match answer(&Question::Child { id: 7, uuid: child }, child, known) {
+                Some(Answer::Child { id: 7, info }) => (info.status, info.exit),
+                other => panic!("{other:?}"),
+            };
+        let mut known = Known::made(Some(Uuid::new_v4()), 0, 0);
+        for status in [Status::Starting, Status::Running, Status::Template, Status::Draining] {
+            known.status = status;
+            assert_eq!(told(&known), (status, None));
+        }
+        known.exit = Some((3, None));
+        assert_eq!(told(&known), (Status::Stopping, None));
+        assert!(answer(&Question::Wait { id: 7, uuid: child }, child, &known).is_none());
+        known.gone = true;
+        assert_eq!(told(&known), (Status::Stopped, Some(3)));
+        known.exit = None;
+        assert_eq!(told(&known), (Status::Stopped, Some(KILLED)));
+    }
+
+    #[test]
     fn snapshots_have_names_of_their_own() {
         let (parent, one, two) = (Uuid::new_v4(), Uuid::new_v4(), Uuid::new_v4());
         let name = snapshot(parent, one);

@@ -62,6 +62,31 @@ pub struct Known {
 }
 
 impl Known {
+    /// One that has called a moment ago.
+    pub(super) fn made(parent: Option<Uuid>, pid: i32, connection: u64) -> Self {
+        Self {
+            parent,
+            pid,
+            vcpus: 0,
+            memory_mib: 0,
+            created: crate::sys::realtime_ns() / 1_000_000_000,
+            called_ns: crate::sys::now_ns(),
+            results: HashMap::new(),
+            forks: VecDeque::new(),
+            last_fork: None,
+            console: Vec::new(),
+            notes: Vec::new(),
+            counted: Counted::new(),
+            armed_us: None,
+            status: Status::Starting,
+            exit: None,
+            gone: false,
+            replies: HashMap::new(),
+            process: None,
+            connection,
+        }
+    }
+
     pub(super) fn ended(&self, uuid: Uuid) -> Option<OwnerError> {
         self.gone.then(|| {
             let (code, why) = self.exit.clone().unwrap_or((137, None));
@@ -347,27 +372,9 @@ impl State {
                 connection.uuid = Some(*uuid);
                 let process = Pid::from_raw(*pid)
                     .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
-                let known = Known {
-                    parent: *parent,
-                    pid: *pid,
-                    vcpus: *vcpus,
-                    memory_mib: *memory_mib,
-                    created: crate::sys::realtime_ns() / 1_000_000_000,
-                    called_ns: crate::sys::now_ns(),
-                    results: HashMap::new(),
-                    forks: VecDeque::new(),
-                    last_fork: None,
-                    console: Vec::new(),
-                    notes: Vec::new(),
-                    counted: Counted::new(),
-                    armed_us: None,
-                    status: Status::Starting,
-                    exit: None,
-                    gone: false,
-                    replies: HashMap::new(),
-                    process,
-                    connection: number,
-                };
+                let (vcpus, memory_mib) = (*vcpus, *memory_mib);
+                let made = Known::made(*parent, *pid, number);
+                let known = Known { vcpus, memory_mib, process, ..made };
                 self.instances.insert(*uuid, known);
             }
             Event::Exited { code, reason } => connection.exit = Some((*code, reason.clone())),

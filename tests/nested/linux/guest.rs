@@ -25,7 +25,10 @@ const LIST: &str = r#"cat /proc/uptime; for p in /proc/[0-9]*; do
     line=$(tr '\0' ' ' < $p/cmdline); [ -n "$line" ] && echo $p in $(cat $p/wchan): $line
 done"#;
 /// Waits for an exit code, and ends with it.
-const WORKLOAD: &str = "mkfifo /run/end; read code < /run/end; exit $code";
+/// Told to end it does so at once, unless it is to take its time.
+const WORKLOAD: &str = "mkfifo /run/end
+trap '[ -e /run/slow ] || { trap - TERM; kill $$; }; sleep 5; exit 9' TERM
+read code < /run/end; exit $code";
 
 /// The image of all guests but the one with Python.
 pub fn image() -> Result<Built> {
@@ -66,7 +69,7 @@ pub fn two() -> Result<Arc<Guest>> {
         // Not as a real-time thread: a vCPU that waits in the fork path would keep the other from
         // the only processor.
         let config = InstanceConfig { vcpus: 2, realtime: false, ..small() };
-        Guest::boot(config, &json!({ "fork_queue": 1, "retention_s": 3 }))
+        Guest::boot(config, &json!({ "fork_queue": 1, "retention_s": 3, "freeze": true }))
     })
 }
 
@@ -75,7 +78,7 @@ pub fn python() -> Result<Arc<Guest>> {
     held(&PYTHON, || {
         let initrd = Path::new(FILES).join("python");
         let config = InstanceConfig { memory_mib: 320, initrd, ..small() };
-        Guest::boot(config, &json!({ "freeze": true }))
+        Guest::boot(config, &json!({}))
     })
 }
 

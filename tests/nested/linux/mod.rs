@@ -2,8 +2,8 @@
 //! does with a guest.
 //!
 //! A boot takes long here, and so does a fork. So there are three guests, each booted by the first
-//! test that asks for it: `one` as a user has it, `two` with two vCPUs, a short queue and a short
-//! retention, `python` with programs that nobody here wrote, frozen across forks. Tests whose sentences are seen in the same fork share that fork: a *story* happens
+//! test that asks for it: `one` as a user has it, `two` with two vCPUs, frozen across forks, a short
+//! queue and a short retention, `python` with programs that nobody here wrote. Tests whose sentences are seen in the same fork share that fork: a *story* happens
 //! once, and each test looks at its part of what was told.
 
 mod calls;
@@ -13,9 +13,12 @@ mod guest;
 mod host;
 mod identity;
 mod python;
+mod states;
+mod vsock;
 
 use anyhow::{Result, ensure};
 pub use guest::image;
+pub use python::CHILDREN_FROM;
 
 use super::Inside;
 
@@ -25,7 +28,8 @@ pub const WITH_PYTHON: &str = "python::";
 pub fn cases() -> Vec<Inside> {
     let last: Vec<Inside> = vec![("linux::everything_has_an_end", all_gone)];
     let areas = [forks::cases(), children::cases(), identity::cases(), host::cases()];
-    areas.into_iter().chain([calls::cases(), python::cases(), last]).flatten().collect()
+    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases(), last];
+    areas.into_iter().chain(more).flatten().collect()
 }
 
 /// The last test: no process is left of the guests, their children, standbys and zygotes.

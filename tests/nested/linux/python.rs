@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use uuid::Uuid;
@@ -19,10 +19,15 @@ pub fn cases() -> Vec<Inside> {
         ("python::the_parent_of_ten_is_unharmed", parent),
         ("python::no_two_machines_have_the_same_random_numbers", random),
         ("python::an_openssl_that_is_not_told_repeats_itself", untold),
+        ("python::many_children_have_no_random_number_in_common", many),
     ]
 }
 
 static PROGRAM: &[u8] = include_bytes!("shop.py");
+static MANY: &[u8] = include_bytes!("many.py");
+/// How many children `many.py` forks, if not [`CHILDREN`].
+pub const CHILDREN_FROM: &str = "UKP_CHILDREN";
+const CHILDREN: u32 = 12;
 const ROWS: u64 = 3000;
 const TAKEN: u64 = 1000;
 const ROME: u64 = 1_000_000;
@@ -147,5 +152,44 @@ fn untold() -> Result<()> {
         numbers()?.iter().filter_map(|of_one| of_one.get(5).copied()).collect();
     println!("Python: {} of 11 machines have OpenSSL numbers of their own untold", untold.len());
     ensure!(untold.len() == 1, "{untold:?}");
+    Ok(())
+}
+
+/// One after the other: what each begins with, the kernel's UUID, one of `uuid4`, and what a TLS client
+/// says first.
+fn many() -> Result<()> {
+    let wanted = std::env::var(CHILDREN_FROM).ok().map_or(Ok(CHILDREN), |number| number.parse())?;
+    let guest = python()?;
+    guest.agent(guest.root)?.write("/tmp/many.py", 0o644, &mut &*MANY)?;
+    let (line, _lines) = channel();
+    let begin = Instant::now();
+    let script = format!("exec python3 -I /tmp/many.py {wanted}");
+    let ended = guest.start(guest.root, &script, line)?;
+    let limit = LIMIT + Duration::from_secs(10) * wanted;
+    let output = ended.recv_timeout(limit).context("it takes too long")??;
+    ensure!(output.code == 0, "{output:?}");
+    let mut seen = BTreeSet::new();
+    let mut machines = 0;
+    let mut look = |text: &str| -> Result<()> {
+        let numbers: Vec<&str> = told(text, "random")?.split(' ').collect();
+        ensure!(numbers.len() == 4 && numbers[3].len() == 64, "{numbers:?}");
+        machines += 1;
+        for number in numbers {
+            ensure!(seen.insert(number.to_owned()), "{number} is there twice");
+        }
+        Ok(())
+    };
+    look(&output.out)?;
+    for child in told(&output.out, "children")?.split(' ') {
+        let child: Uuid = child.parse()?;
+        look(&guest.end_of(child)?.1).with_context(|| format!("child {child}"))?;
+        guest.owner.forget(child);
+    }
+    ensure!(machines == wanted + 1, "{machines} machines");
+    println!(
+        "{wanted} children in {:.0?}: {} random numbers, no two alike",
+        begin.elapsed(),
+        seen.len()
+    );
     Ok(())
 }
