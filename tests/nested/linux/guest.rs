@@ -20,6 +20,8 @@ use uuid::Uuid;
 pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
 /// How long anything may take: guest and its kernel are emulated twice, on a shared machine.
 pub const LONG: Duration = Duration::from_mins(1);
+/// How long a boot may take.
+const BOOT: Duration = Duration::from_mins(3);
 /// Lists processes, and where in the kernel each of them is.
 const LIST: &str = r#"cat /proc/uptime; for p in /proc/[0-9]*; do
     line=$(tr '\0' ' ' < $p/cmdline); [ -n "$line" ] && echo $p in $(cat $p/wchan): $line
@@ -116,15 +118,19 @@ impl Guest {
             ..config
         })?;
         let guest = Self { owner, root };
-        guest.ready(root)?;
+        guest.ready_within(BOOT, root)?;
         println!("Linux with {vcpus} vCPU: its agent answers after {:?}", begin.elapsed());
         Ok(guest)
     }
 
     /// Waits until the agent of an instance answers with its UUID; returns its generation.
     pub fn ready(&self, instance: Uuid) -> Result<u64> {
-        self.owner.wait_for(instance, LONG)?;
-        let end = Instant::now() + LONG;
+        self.ready_within(LONG, instance)
+    }
+
+    fn ready_within(&self, limit: Duration, instance: Uuid) -> Result<u64> {
+        self.owner.wait_for(instance, limit)?;
+        let end = Instant::now() + limit;
         loop {
             match self.agent(instance).and_then(|agent| Ok(agent.ping()?)) {
                 Ok((uuid, generation)) if uuid == instance => return Ok(generation),
