@@ -126,6 +126,14 @@ impl Agent {
         Ok(Self { stream })
     }
 
+    /// A door for the fuzz targets: a connection that was made already.
+    #[cfg(feature = "fuzzing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn over(stream: UnixStream) -> Self {
+        Self { stream }
+    }
+
     /// Who is there: UUID and generation, as the guest knows them.
     ///
     /// # Errors

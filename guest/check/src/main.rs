@@ -9,6 +9,7 @@
 //!  spin          how long nothing ran between the fork and the new generation, in the child
 //!  vsock PORT    a connection to the host across a fork, and the context id
 //!  load SECONDS  memory, registers and a pipe are worked with, and are right in every machine
+//!  garbage N     writes garbage to every register of every device, N times each part
 //!
 //!  true N        fork, exec and wait of /bin/true, N times: how long each took, in µs
 //!  init          as PID 1: says that it is there, and then each line that it reads
@@ -21,6 +22,7 @@
 //! meanwhile on the console, after which the machine ends with code 0.
 
 mod files;
+mod garbage;
 mod load;
 mod measure;
 mod say;
@@ -55,6 +57,7 @@ fn run() -> Result<()> {
         "poll" => files::poll_until_stopped(&value),
         "spin" => spin::until_another_machine(),
         "vsock" => vsocks::across_a_fork(value.parse().context("which port?")?),
+        "garbage" => garbage::write(value.parse().context("how often?")?),
         "load" => load::work(value.parse().context("how many seconds?")?),
         "true" => measure::trues(value.parse().context("how often?")?),
         "init" => measure::init(),

@@ -30,6 +30,9 @@ mod cpio;
 mod decompress;
 mod directory;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod kernel;
 mod oci;
 mod own;

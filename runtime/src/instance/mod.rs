@@ -5,6 +5,9 @@
 //! standby.
 
 mod control;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod haste;
 mod root;

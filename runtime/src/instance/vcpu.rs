@@ -15,7 +15,7 @@ use super::haste::Haste;
 use crate::device::{Answer, ports};
 use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
-use crate::memory::BackingKind;
+use crate::memory::{BackingKind, GuestRam};
 use crate::proto::{CRASHED, Event};
 use crate::sys::{chain, now_ns};
 
@@ -240,15 +240,14 @@ impl Instance {
                     _ => Some(Action::Continue),
                 }
             }
-            (ports::RESET, _) if byte == ports::RESET_VALUE => match self.serial.panic() {
-                Some((reason, _)) => Some(panicked(&reason)),
-                None => end(0),
+            _ => match ports::Power::of(port, byte)? {
+                ports::Power::Stays => Some(Action::Continue),
+                ports::Power::Restarts => match self.serial.panic() {
+                    Some((reason, _)) => Some(panicked(&reason)),
+                    None => end(0),
+                },
+                ports::Power::Off => end(0),
             },
-            (ports::SLEEP, _) => {
-                let off = ports::SLEEP_ENABLE | ports::SLEEP_OFF << ports::SLEEP_TYPE_SHIFT;
-                if byte == off { end(0) } else { Some(Action::Continue) }
-            }
-            _ => None,
         }
     }
 
@@ -270,21 +269,7 @@ impl Instance {
             self.post_console(data);
             return Action::Continue;
         }
-        let mut word = [0; 4];
-        for (to, from) in word.iter_mut().zip(data) {
-            *to = *from;
-        }
-        let value = u32::from_le_bytes(word);
-        match port {
-            port::FORK => Action::Fork { children: value, doorbell_ns: now },
-            port::ANNOUNCE => Action::Announce { window_us: value.min(port::MAX_ANNOUNCE_US) },
-            port::PARK => Action::Park { seen: value },
-            port::PAUSE => Action::Pause { us: value },
-            port::DONE => Action::Done { seq: value },
-            port::READY => Action::Ready,
-            port::EXIT => Action::Exit { code: i32::from(word[0]), reason: None },
-            _ => Action::Continue,
-        }
+        Action::of_doorbell(port, data, now)
     }
 
     /// The engine, for a vCPU that has left the guest. Whoever has it may be forking, and waits for
@@ -446,25 +431,14 @@ impl Instance {
     }
 
     fn done(&self, vcpu: u32, seq: u32) {
-        let page = GuestAddress(guest_abi::entry::param_page(vcpu.into()));
-        let results = std::mem::offset_of!(ParamPage, results) as u64;
-        let mut words = vec![0_u64; guest_abi::param::RESULTS];
-        for (index, word) in (0_u64..).zip(&mut words) {
-            let at = GuestAddress(page.0 + results + index * 8);
-            *word = self.ram.read_obj(at).unwrap_or(0);
-        }
-        while words.len() > 1 && words.last() == Some(&0) {
-            words.pop();
-        }
-        self.post(Event::Done { vcpu, seq: seq.into(), results: words });
+        let results = results(&self.ram, vcpu);
+        self.post(Event::Done { vcpu, seq: seq.into(), results });
     }
 
     /// Sequence number of the last program of a vCPU. It lives in guest memory alone, so a child goes
     /// on where its parent was.
     fn program_seq(&self, index: usize) -> u64 {
-        let page = guest_abi::entry::param_page(index as u64);
-        let offset = std::mem::offset_of!(Header, seq) as u64;
-        self.ram.read_obj(GuestAddress(page + offset)).unwrap_or(0)
+        program_seq(&self.ram, index as u64)
     }
 
     /// Gives a program to a vCPU of a bare guest. Returns its sequence number.
@@ -504,6 +478,47 @@ impl Instance {
         self.gate.unblock(vcpu as usize);
         Ok(next)
     }
+}
+
+impl Action {
+    /// What a write to a port of the doorbell asks for. Any bytes at any port ask for something, or
+    /// for nothing.
+    pub(super) fn of_doorbell(port: u16, data: &[u8], now: u64) -> Self {
+        let mut word = [0; 4];
+        for (to, from) in word.iter_mut().zip(data) {
+            *to = *from;
+        }
+        let value = u32::from_le_bytes(word);
+        match port {
+            port::FORK => Self::Fork { children: value, doorbell_ns: now },
+            port::ANNOUNCE => Self::Announce { window_us: value.min(port::MAX_ANNOUNCE_US) },
+            port::PARK => Self::Park { seen: value },
+            port::PAUSE => Self::Pause { us: value },
+            port::DONE => Self::Done { seq: value },
+            port::READY => Self::Ready,
+            port::EXIT => Self::Exit { code: i32::from(word[0]), reason: None },
+            _ => Self::Continue,
+        }
+    }
+}
+
+/// What a program left in the parameter page of a vCPU, without the zeroes behind it.
+pub(super) fn results(ram: &GuestRam, vcpu: u32) -> Vec<u64> {
+    let page = guest_abi::entry::param_page(vcpu.into());
+    let at = page + std::mem::offset_of!(ParamPage, results) as u64;
+    let word = |index| ram.read_obj(GuestAddress(at + index * 8)).unwrap_or(0);
+    let mut words: Vec<u64> = (0..guest_abi::param::RESULTS as u64).map(word).collect();
+    while words.len() > 1 && words.last() == Some(&0) {
+        words.pop();
+    }
+    words
+}
+
+/// The sequence number in it.
+pub(super) fn program_seq(ram: &GuestRam, vcpu: u64) -> u64 {
+    let page = guest_abi::entry::param_page(vcpu);
+    let offset = std::mem::offset_of!(Header, seq) as u64;
+    ram.read_obj(GuestAddress(page + offset)).unwrap_or(0)
 }
 
 /// The end of an instance whose kernel panicked.

@@ -11,6 +11,7 @@ mod children;
 mod forks;
 mod guest;
 mod host;
+mod hostile;
 mod identity;
 mod python;
 mod states;
@@ -28,8 +29,9 @@ pub const WITH_PYTHON: &str = "python::";
 pub fn cases() -> Vec<Inside> {
     let last: Vec<Inside> = vec![("linux::everything_has_an_end", all_gone)];
     let areas = [forks::cases(), children::cases(), identity::cases(), host::cases()];
-    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases(), last];
-    areas.into_iter().chain(more).flatten().collect()
+    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases()];
+    let all = areas.into_iter().chain(more).chain([hostile::cases(), last]);
+    all.flatten().collect()
 }
 
 /// The last test: no process is left of the guests, their children, standbys and zygotes.

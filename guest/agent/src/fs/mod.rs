@@ -3,6 +3,9 @@
 //! Nothing is cached by the kernel: names and attributes are valid for no time, and files are read
 //! and written directly.
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod handle;
 mod house;
 mod node;
@@ -47,6 +50,10 @@ const WRITE: u32 = 64 * 1024;
 ///
 /// There is no FUSE device, or the kernel refuses the mount.
 pub fn mount(service: Arc<Service>, at: &Path) -> io::Result<BackgroundSession> {
+    Session::new(Libukp { service, started: SystemTime::now() }, at, &config())?.spawn()
+}
+
+fn config() -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName("libukp".into()),
@@ -57,7 +64,7 @@ pub fn mount(service: Arc<Service>, at: &Path) -> io::Result<BackgroundSession> 
     ];
     config.acl = SessionACL::All;
     config.n_threads = Some(1);
-    Session::new(Libukp { service, started: SystemTime::now() }, at, &config)?.spawn()
+    config
 }
 
 /// The file system.

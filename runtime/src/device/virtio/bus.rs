@@ -295,6 +295,17 @@ impl Bus {
         }
     }
 
+    /// One turn of the devices' thread: each device works, as if something had changed on the host's
+    /// side. Tells whether there is more to do.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn turn(&self, ram: &GuestRam) -> bool {
+        let more = self.slots.iter().map(|slot| {
+            slot.kicked.store(false, Ordering::SeqCst);
+            self.work(slot, ram, &|| ()).more
+        });
+        more.fold(false, |any, more| any | more)
+    }
+
     /// Wakes the devices' thread, for it to see that all is over.
     pub fn wake(&self) {
         self.ring();

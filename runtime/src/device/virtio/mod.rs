@@ -21,6 +21,9 @@ mod bus;
 mod chain;
 #[cfg(test)]
 mod driver;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod mmio;
 mod rng;
 #[cfg(test)]
