@@ -84,6 +84,12 @@ test-without-probes:
     UKP_BPF_RUSTC=/no/such/rustc cargo test --locked -p ebpf-loader --lib \
         --target-dir target/without-probes
 
+# Random bytes for every parser of what guests, files and clients say ([TARGET] [--seconds N])
+[group('check')]
+[no-exit-message]
+fuzz *ARGS:
+    @tests/fuzz/run "$@"
+
 # Format the code
 [group('check')]
 fmt:

@@ -95,7 +95,9 @@ fn touch(port: u16, random: &mut Random) {
         _ => value,
     };
     let [low, next, ..] = value.to_le_bytes();
-    match random.below(6) {
+    // The lowest bits of a number of children may well be one.
+    let ways = if port == port::FORK { 2..4 } else { 0..6 };
+    match ways.start + random.below(ways.end - ways.start) {
         0 => out_byte(port, low),
         1 => out_half(port, u16::from_le_bytes([low, next])),
         2 => out_word(port, value),

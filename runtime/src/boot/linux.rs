@@ -183,7 +183,8 @@ fn load_kernel(
         return Err(kernel_error(path, "it has no 64-bit entry point".to_owned()));
     }
     // It unpacks itself here, at the latest.
-    let end = loaded.kernel_end.max({ header.pref_address } + u64::from(header.init_size));
+    let unpacked = { header.pref_address }.saturating_add(header.init_size.into());
+    let end = loaded.kernel_end.max(unpacked);
     if end > low {
         return Err(too_small(end));
     }
@@ -295,4 +296,54 @@ fn set_sregs(sregs: &mut kvm_sregs) {
     sregs.cr0 = 0x8000_0031;
     // Long mode, enabled and active.
     sregs.efer = 0x500;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A bzImage without a program in it, that wants to be unpacked to `to`.
+    fn image(to: u64) -> Vec<u8> {
+        let mut image = vec![0; 0x1400];
+        // A boot sector and one more, a megabyte at the most behind them, and a 64-bit entry point.
+        for (at, bytes) in [
+            (0x1f1, &[1][..]),
+            (0x1f4, &0x100_u32.to_le_bytes()),
+            (0x1fe, b"\x55\xaa\xeb\x66HdrS\x0c\x02"),
+            (0x211, &[1]),
+            (0x214, &0x10_0000_u32.to_le_bytes()),
+            (0x236, &XLF_KERNEL_64.to_le_bytes()),
+            (0x258, &to.to_le_bytes()),
+            (0x260, &0x2000_u32.to_le_bytes()),
+        ] {
+            image[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        image
+    }
+
+    fn load_image(name: &str, to: u64) -> Result<u64, BootError> {
+        let file = format!("ukp-boot-{}-{name}", std::process::id());
+        let path = std::env::temp_dir().join(file);
+        std::fs::write(&path, image(to)).expect("written");
+        let what = Linux {
+            kernel: &path,
+            initrd: Path::new(""),
+            initrd_tail: &[],
+            cmdline: "",
+            devices: 0,
+        };
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("memory");
+        let loaded = load(&what, &ram, &RamLayout::new(16), 1);
+        std::fs::remove_file(&path).expect("it is ours");
+        loaded
+    }
+
+    #[test]
+    fn a_kernel_that_is_unpacked_beyond_memory_is_refused() {
+        assert_eq!(load_image("fits", 0x20_0000).expect("it fits"), KERNEL + ENTRY_64);
+        for (name, to) in [("high", 16 << 20), ("beyond", u64::MAX)] {
+            let error = load_image(name, to).expect_err("too small").to_string();
+            assert!(error.contains("see --memory"), "{error}");
+        }
+    }
 }

@@ -66,7 +66,7 @@ _start: ud2
 "#;
 
 /// Assembles and links. `cc` is there: rustc links with it.
-fn guest(folder: &Folder, source: &str, more: &[&str]) -> Result<String, Failed> {
+pub fn guest(folder: &Folder, source: &str, more: &[&str]) -> Result<String, Failed> {
     let input: PathBuf = folder.0.join("guest.s");
     std::fs::write(&input, source)?;
     let output = folder.0.join("guest.elf").display().to_string();
@@ -79,7 +79,7 @@ fn guest(folder: &Folder, source: &str, more: &[&str]) -> Result<String, Failed>
     Ok(output)
 }
 
-const STATIC: [&str; 3] = ["-static", "-no-pie", "-Wl,-Ttext-segment=0x200000"];
+pub const STATIC: [&str; 3] = ["-static", "-no-pie", "-Wl,-Ttext-segment=0x200000"];
 
 fn forking(folder: &Folder, children: u32, pause_us: u32) -> Result<String, Failed> {
     let numbers = [("CHILDREN", children), ("PAUSE_US", pause_us)];

@@ -4,6 +4,7 @@
 
 mod guest;
 mod host;
+mod hostile;
 mod tools;
 mod tree;
 
@@ -36,6 +37,9 @@ const DIRECT: &[(&str, Test)] = &[
         guest::a_linux_guest_without_an_agent_is_forked_only_if_that_is_said,
     ),
     ("a_folder_with_too_long_a_name_is_refused", guest::a_folder_with_too_long_a_name_is_refused),
+    ("garbage_at_the_doorbell_harms_nobody_else", hostile::garbage_at_the_doorbell_harms_nobody_else),
+    ("garbage_in_all_memory_ends_the_instance_alone", hostile::garbage_in_all_memory_ends_the_instance_alone),
+    ("no_memory_left_is_one_line", hostile::no_memory_left_is_one_line),
     ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
     ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),
     ("stats_and_trace_show_what_the_probes_saw", tree::stats_and_trace_show_what_the_probes_saw),

@@ -28,6 +28,8 @@ pub mod serial;
 pub mod vsock;
 pub mod wire;
 
+pub use machine::folder;
+
 /// A target: its name, and what it does with bytes.
 pub type Target = (&'static str, fn(&[u8]));
 

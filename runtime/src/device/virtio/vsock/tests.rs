@@ -15,6 +15,7 @@ use virtio_bindings::virtio_mmio as reg;
 
 use super::packet::{HEADER, HOST, Header, STREAM, op, shutdown};
 use super::{Vsock, cid};
+use crate::device::virtio::Device;
 use crate::device::virtio::driver::{
     DriverQueue, EVENT_IDX, INDIRECT, LIMIT, Rig, VERSION_1, ram, until,
 };
@@ -744,6 +745,21 @@ fn a_guest_that_never_understands_is_connected_all_the_same() {
     let mut host = UnixStream::connect(path).expect("listening");
     host.write_all(b"CONNECT 1\n").expect("open");
     child.wait_op(op::REQUEST);
+}
+
+/// It is told in one line, and whoever has the path keeps it.
+#[test]
+fn a_socket_path_in_use_is_told_and_stays() {
+    let folder = Folder::new();
+    let uuid = Uuid::new_v4();
+    let path = folder.0.join(format!("{uuid}.vsock"));
+    let _theirs = UnixListener::bind(&path).expect("bound");
+    let mut device = Vsock::new(&folder.0, uuid).expect("short");
+    let error = crate::sys::chain(&device.open().expect_err("it is in use"));
+    assert!(error.starts_with(&format!("cannot listen on {}", path.display())), "{error}");
+    assert!(error.contains("in use") && !error.contains('\n'), "{error}");
+    device.close();
+    assert!(UnixStream::connect(&path).is_ok(), "it is theirs");
 }
 
 proptest! {
