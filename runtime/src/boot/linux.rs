@@ -13,7 +13,7 @@ use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use linux_loader::loader::{BzImage, Elf, Error as LoadError, KernelLoader, bzimage};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
 use super::{BootError, acpi};
@@ -161,7 +161,11 @@ fn load_kernel(
         );
         kernel_error(path, text)
     };
-    let wrong = |error: linux_loader::loader::Error| kernel_error(path, error.to_string());
+    let wrong = |error| {
+        let none = matches!(error, LoadError::Bzimage(bzimage::Error::InvalidBzImage));
+        let text = if none { "it is no Linux kernel".to_owned() } else { error.to_string() };
+        kernel_error(path, text)
+    };
     if &magic == b"\x7fELF" {
         let at = Some(GuestAddress(KERNEL));
         let loaded = Elf::load(ram, None, &mut file, at).map_err(wrong)?;

@@ -190,7 +190,7 @@ pub fn a_linux_guest_that_cannot_boot_is_refused() -> Result<(), Failed> {
     let long = "x".repeat(17_000);
     let (line, memory) = (&long[..3000], ["--memory", "64M"]);
     for (words, expected) in [
-        (&["--kernel", &text][..], "cannot boot"),
+        (&["--kernel", &text][..], "it is no Linux kernel"),
         (&["--kernel", &empty], "it is no Linux kernel"),
         (&["--kernel", &cut], "it is cut off: 4096 of 17024 bytes are there"),
         (&["--kernel", "/nowhere"], "cannot read /nowhere"),

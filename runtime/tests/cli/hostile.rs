@@ -69,7 +69,7 @@ random: mov     %r15, %rax
         ret
 
 garbage:
-        mov     $20000, %r14d
+        mov     $2500, %r14d
         mov     $3, %r13d
 again:  call    random
         mov     %rax, %rbx
@@ -85,7 +85,7 @@ again:  call    random
         je      1f
         cmp     $0xd00, %edx
         jne     2f
-        test    $0x7f00, %ebx
+        test    $0x700, %ebx
         jnz     1f
         dec     %r13d
         js      1f
@@ -127,7 +127,8 @@ again:  call    random
 6:      in      %dx, %eax
         mov     %eax, 64(%rdi,%rcx)
         jmp     next
-7:      rep outsb
+7:      and     $0x1f, %ecx
+        rep outsb
         jmp     next
 8:      rep insl
         jmp     next

@@ -133,7 +133,12 @@ impl Guest {
         self.owner.wait_for(instance, limit)?;
         let end = Instant::now() + limit;
         loop {
-            match self.agent(instance).and_then(|agent| Ok(agent.ping()?)) {
+            // Until it has heard from the host who it is, it says so.
+            let known = |(uuid, generation): (Uuid, u64)| {
+                ensure!(!uuid.is_nil(), "it does not know who it is");
+                Ok((uuid, generation))
+            };
+            match self.agent(instance).and_then(|agent| known(agent.ping()?)) {
                 Ok((uuid, generation)) if uuid == instance => return Ok(generation),
                 // It has not yet heard who it is.
                 Ok((uuid, _)) if uuid.is_nil() && Instant::now() < end => {}
