@@ -37,8 +37,14 @@ const DIRECT: &[(&str, Test)] = &[
         guest::a_linux_guest_without_an_agent_is_forked_only_if_that_is_said,
     ),
     ("a_folder_with_too_long_a_name_is_refused", guest::a_folder_with_too_long_a_name_is_refused),
-    ("garbage_at_the_doorbell_harms_nobody_else", hostile::garbage_at_the_doorbell_harms_nobody_else),
-    ("garbage_in_all_memory_ends_the_instance_alone", hostile::garbage_in_all_memory_ends_the_instance_alone),
+    (
+        "garbage_at_the_doorbell_harms_nobody_else",
+        hostile::garbage_at_the_doorbell_harms_nobody_else,
+    ),
+    (
+        "garbage_in_all_memory_ends_the_instance_alone",
+        hostile::garbage_in_all_memory_ends_the_instance_alone,
+    ),
     ("no_memory_left_is_one_line", hostile::no_memory_left_is_one_line),
     ("a_tree_is_seen_and_killed", tree::a_tree_is_seen_and_killed),
     ("pause_stop_wait_and_stats", tree::pause_stop_wait_and_stats),

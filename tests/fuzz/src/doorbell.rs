@@ -37,7 +37,8 @@ pub fn run(data: &[u8]) {
     let (_, results) = parameters(ram, guest.vcpu.into());
     assert!(results.len() <= guest_abi::param::RESULTS);
     let own = Identity { uuid: [1; 16], generation: 7, entropy: [9; 32] };
-    let children: Vec<_> = (0..guest.children).map(|child| Identity { uuid: [child; 16], ..own }).collect();
+    let children: Vec<_> =
+        (0..guest.children).map(|child| Identity { uuid: [child; 16], ..own }).collect();
     let mut answer = Answer::parent(&own, &children);
     answer.conclude(guest.failed.map(|(errno, step)| Answer::failed(&own, errno, step)));
     for len in guest.reads {

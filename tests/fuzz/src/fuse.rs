@@ -29,19 +29,62 @@ const NAMES: u128 = 0x4000_8000_0000_0000_0000;
 
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
-    Lookup { parent: Node, name: Name<'a> },
-    Open { node: Node, flags: u8, folder: bool },
-    Read { node: Node, handle: u8, offset: u8, size: u8, flags: u16, folder: bool },
-    Write { node: Node, handle: u8, offset: u8, data: &'a [u8] },
-    Release { node: Node, handle: u8, folder: bool },
-    Poll { node: Node, handle: u8, flags: bool },
-    Setattr { node: Node, valid: u16, value: u8 },
+    Lookup {
+        parent: Node,
+        name: Name<'a>,
+    },
+    Open {
+        node: Node,
+        flags: u8,
+        folder: bool,
+    },
+    Read {
+        node: Node,
+        handle: u8,
+        offset: u8,
+        size: u8,
+        flags: u16,
+        folder: bool,
+    },
+    Write {
+        node: Node,
+        handle: u8,
+        offset: u8,
+        data: &'a [u8],
+    },
+    Release {
+        node: Node,
+        handle: u8,
+        folder: bool,
+    },
+    Poll {
+        node: Node,
+        handle: u8,
+        flags: bool,
+    },
+    Setattr {
+        node: Node,
+        valid: u16,
+        value: u8,
+    },
     /// Any operation, with any body.
-    Raw { op: u8, node: u64, body: &'a [u8] },
-    Fork { came: u8, child: u8 },
-    Barrier { thread: u8 },
+    Raw {
+        op: u8,
+        node: u64,
+        body: &'a [u8],
+    },
+    Fork {
+        came: u8,
+        child: u8,
+    },
+    Barrier {
+        thread: u8,
+    },
     /// The host answers its oldest question.
-    Answer { what: u8, code: i32 },
+    Answer {
+        what: u8,
+        code: i32,
+    },
 }
 
 /// An inode number: mostly one that means something.
@@ -72,7 +115,14 @@ enum Name<'a> {
 impl Name<'_> {
     fn bytes(&self) -> Vec<u8> {
         const KNOWN: [&str; 8] = [
-            "fork", "vm", "template_instance", "scale_to_zero_disable", "snapshot", "status", "wait", "..",
+            "fork",
+            "vm",
+            "template_instance",
+            "scale_to_zero_disable",
+            "snapshot",
+            "status",
+            "wait",
+            "..",
         ];
         let mut bytes = match self {
             Self::Known(which) => KNOWN[usize::from(*which) % KNOWN.len()].as_bytes().to_vec(),
@@ -193,7 +243,8 @@ fn play(data: &[u8], kernel: &mut Kernel, service: &Arc<Service>, host: &Questio
 }
 
 fn request(kernel: &mut Kernel, step: &Step<'_>) {
-    let words = |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_le_bytes()).collect() };
+    let words =
+        |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_le_bytes()).collect() };
     let io = |handle: u8, offset: u8, size: u32, flags: u32| {
         // struct fuse_read_in and fuse_write_in: fh, offset, size, flags, lock owner, flags.
         let offset = if offset == u8::MAX { u32::MAX } else { offset.into() };
@@ -274,9 +325,12 @@ impl Kernel {
                 return false;
             }
             // struct fuse_out_header: length, error, unique.
-            let said = buffer.get(..4).and_then(|len| Some(u32::from_le_bytes(len.try_into().ok()?)));
+            let said =
+                buffer.get(..4).and_then(|len| Some(u32::from_le_bytes(len.try_into().ok()?)));
             assert_eq!(said.map(|len| len as usize), Some(len), "the length of an answer");
-            let unique = buffer.get(8..16).and_then(|unique| Some(u64::from_le_bytes(unique.try_into().ok()?)));
+            let unique = buffer
+                .get(8..16)
+                .and_then(|unique| Some(u64::from_le_bytes(unique.try_into().ok()?)));
             if unique == Some(self.unique) {
                 return true;
             }

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use runtime::boot::linux::{self, Linux};
 use runtime::boot;
+use runtime::boot::linux::{self, Linux};
 use runtime::memory::{GuestRam, RamLayout};
 
 use crate::machine::{file, folder, ram};
@@ -31,7 +31,8 @@ pub fn run(data: &[u8]) {
             let text = String::from_utf8_lossy(rest);
             let cmdline = text.get(..64).unwrap_or_default();
             let tail = rest.get(..100).unwrap_or_default();
-            let what = Linux { kernel: &path, initrd: &initrd, initrd_tail: tail, cmdline, devices: 2 };
+            let what =
+                Linux { kernel: &path, initrd: &initrd, initrd_tail: tail, cmdline, devices: 2 };
             drop(linux::load(&what, ram, &layout, 1).map_err(|error| error.to_string()));
             drop(kernel);
         }

@@ -14,15 +14,42 @@ const MOST: usize = 200;
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
     /// An aligned word, as drivers write it.
-    Word { device: bool, register: u8, value: u32 },
+    Word {
+        device: bool,
+        register: u8,
+        value: u32,
+    },
     /// The same, with a value that means something in many registers.
-    Small { device: bool, register: u8, value: u8 },
-    Write { device: u8, offset: u16, bytes: &'a [u8] },
-    Read { device: u8, offset: u16, len: u8 },
-    Memory { at: u16, bytes: &'a [u8] },
+    Small {
+        device: bool,
+        register: u8,
+        value: u8,
+    },
+    Write {
+        device: u8,
+        offset: u16,
+        bytes: &'a [u8],
+    },
+    Read {
+        device: u8,
+        offset: u16,
+        len: u8,
+    },
+    Memory {
+        at: u16,
+        bytes: &'a [u8],
+    },
     /// What a driver does until it has a queue.
-    Queue { device: bool, queue: u8, size: u8, rings: [u8; 3] },
-    Start { device: bool, features: u8 },
+    Queue {
+        device: bool,
+        queue: u8,
+        size: u8,
+        rings: [u8; 3],
+    },
+    Start {
+        device: bool,
+        features: u8,
+    },
     Work,
     Fork,
 }

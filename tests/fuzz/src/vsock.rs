@@ -27,15 +27,36 @@ const KEPT: usize = 8;
 
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
-    Packet { op: u8, flags: u8, ports: (u8, u8), room: (u32, u32), odd: Option<Odd>, data: &'a [u8] },
+    Packet {
+        op: u8,
+        flags: u8,
+        ports: (u8, u8),
+        room: (u32, u32),
+        odd: Option<Odd>,
+        data: &'a [u8],
+    },
     /// Room for packets to the guest.
-    Receive { buffers: u8 },
+    Receive {
+        buffers: u8,
+    },
     Event,
-    Connect { port: u8 },
-    Greet { which: u8, bytes: &'a [u8] },
-    Say { which: u8, bytes: &'a [u8] },
-    Hear { which: u8 },
-    HangUp { which: u8 },
+    Connect {
+        port: u8,
+    },
+    Greet {
+        which: u8,
+        bytes: &'a [u8],
+    },
+    Say {
+        which: u8,
+        bytes: &'a [u8],
+    },
+    Hear {
+        which: u8,
+    },
+    HangUp {
+        which: u8,
+    },
     Accept,
     Fork,
 }
@@ -70,7 +91,8 @@ impl Queue {
         let [descriptors, available, _] = self.at();
         let slot = u64::from(self.available % SIZE);
         let buffer = BUFFERS + self.number * 0x1_0000 + slot * u64::from(BUFFER);
-        let len = data.map_or(BUFFER, |data| u32::try_from(data.len()).unwrap_or(BUFFER).min(BUFFER));
+        let len =
+            data.map_or(BUFFER, |data| u32::try_from(data.len()).unwrap_or(BUFFER).min(BUFFER));
         poke(ram, buffer, data.unwrap_or_default());
         let mut bytes = buffer.to_le_bytes().to_vec();
         bytes.extend(len.to_le_bytes());

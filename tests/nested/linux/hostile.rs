@@ -73,7 +73,8 @@ fn fate(guest: &Guest, instance: Uuid) -> Result<(Option<(i32, Option<String>)>,
 fn trigger(what: &str) -> Result<(i32, Option<String>, String)> {
     let guest = one()?;
     let child = guest.fork()?;
-    let script = format!("(sleep 1; echo {what} > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &");
+    let script =
+        format!("(sleep 1; echo {what} > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &");
     guest.sh(child, &script)?;
     let (code, why) = guest.owner.wait_exit(child, LONG)?;
     Ok((code, why, guest.console(child)?))
