@@ -1,6 +1,6 @@
 //! The doorbell's ports, and the parameter pages of a bare guest.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use arbitrary::{Arbitrary, Unstructured};
 use guest_abi::port::answer;
@@ -8,8 +8,12 @@ use guest_agent::doorbell::Outcome;
 use runtime::device::Answer;
 use runtime::fork::Identity;
 use runtime::instance::fuzz::{doorbell, parameters};
+use runtime::memory::GuestRam;
 
 use crate::machine::{poke, ram};
+
+/// Kept from one input to the next: it is large.
+static RAM: OnceLock<Arc<GuestRam>> = OnceLock::new();
 
 #[derive(Arbitrary, Debug)]
 struct Guest<'a> {
@@ -31,7 +35,6 @@ pub fn run(data: &[u8]) {
     for (port, bytes) in &guest.writes {
         drop(doorbell(0xd00 + u16::from(*port), bytes));
     }
-    static RAM: OnceLock<std::sync::Arc<runtime::memory::GuestRam>> = OnceLock::new();
     let ram = RAM.get_or_init(|| ram(1 << 20));
     poke(ram, guest_abi::entry::param_page(u64::from(guest.vcpu % 16)), guest.page);
     let (_, results) = parameters(ram, guest.vcpu.into());

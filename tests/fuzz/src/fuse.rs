@@ -158,15 +158,19 @@ impl Host for Questions {
     fn became_child(&self) {
         let children = std::mem::take(&mut *self.children.lock().expect("nobody panicked"));
         let waits = std::mem::take(&mut *self.waits.lock().expect("nobody panicked"));
-        children.into_iter().for_each(|then| then(Err(HostError::OfParent)));
-        waits.into_iter().for_each(|then| then(Err(HostError::OfParent)));
+        for then in children {
+            then(Err(HostError::OfParent));
+        }
+        for then in waits {
+            then(Err(HostError::OfParent));
+        }
     }
 }
 
 impl Questions {
     fn answer(&self, what: u8, code: i32) {
         let statuses = [Status::Running, Status::Stopped, Status::Template, Status::Draining];
-        if what % 2 == 0 {
+        if what.is_multiple_of(2) {
             let mut children = self.children.lock().expect("nobody panicked");
             if children.is_empty() {
                 return;
@@ -176,7 +180,7 @@ impl Questions {
             let status = statuses[usize::from(what / 4) % statuses.len()];
             let exit = (status == Status::Stopped).then_some(code);
             let info = ChildInfo { status, creation_time: 7, snapshot: Uuid::nil(), exit };
-            then(if what % 4 == 0 { Ok(info) } else { Err(HostError::Unknown) });
+            then(if what.is_multiple_of(4) { Ok(info) } else { Err(HostError::Unknown) });
         } else {
             let mut waits = self.waits.lock().expect("nobody panicked");
             if waits.is_empty() {

@@ -12,11 +12,17 @@ use crate::machine::{file, folder, ram};
 
 const MIB: u32 = 16;
 
+/// Kept from one input to the next: it is large.
+static RAM: OnceLock<Arc<GuestRam>> = OnceLock::new();
+
 /// Loads the bytes as what their first says.
+///
+/// # Panics
+///
+/// If a guest that was loaded leaves no room for what lies around it.
 pub fn run(data: &[u8]) {
     let Some((first, rest)) = data.split_first() else { return };
     let layout = RamLayout::new(MIB);
-    static RAM: OnceLock<Arc<GuestRam>> = OnceLock::new();
     let ram = RAM.get_or_init(|| ram((MIB as usize) << 20));
     match first % 4 {
         0 => {

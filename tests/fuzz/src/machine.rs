@@ -21,6 +21,10 @@ pub fn poke(ram: &GuestRam, at: u64, bytes: &[u8]) {
 }
 
 /// A folder of this process alone, in memory.
+///
+/// # Panics
+///
+/// If none can be made.
 pub fn folder() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let made = || {

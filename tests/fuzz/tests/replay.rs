@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use fuzz::{TARGETS, folder};
+use fuzz::TARGETS;
 
 /// Random inputs for each target.
 const ROUNDS: u32 = 300;
@@ -60,5 +60,5 @@ fn every_target_survives_its_seeds_and_random_bytes() {
             run(&bytes);
         }
     }
-    fs::remove_dir_all(folder()).expect("it is ours");
+    fs::remove_dir_all(fuzz::folder()).expect("it is ours");
 }

@@ -59,8 +59,11 @@ fn garbage() -> Result<()> {
     guest.exit(sibling, 4)
 }
 
+/// How an instance ended: its code, and why.
+type Ended = (i32, Option<String>);
+
 /// How the instance ended, if it did, and what it said.
-fn fate(guest: &Guest, instance: Uuid) -> Result<(Option<(i32, Option<String>)>, String)> {
+fn fate(guest: &Guest, instance: Uuid) -> Result<(Option<Ended>, String)> {
     let end = Instant::now() + LONG / 2;
     loop {
         let ended = guest.owner.wait_exit(instance, Duration::from_secs(1)).ok();
