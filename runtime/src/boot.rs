@@ -57,6 +57,9 @@ pub enum BootError {
     /// Guest memory could not be written.
     #[error("writing guest memory failed")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    /// A system call failed.
+    #[error(transparent)]
+    Sys(#[from] crate::sys::SysError),
     /// A register could not be set.
     #[error(transparent)]
     Kvm(#[from] KvmError),

@@ -1,12 +1,14 @@
 //! ACPI tables: the truth about a small machine without legacy hardware.
 //!
 //! ```text
-//!   RSDP --> XSDT --> FADT (hardware-reduced) --> DSDT: COM1, virtio devices, the state S5
+//!   RSDP --> XSDT --> FADT (hardware-reduced) --> DSDT: COM1, virtio devices, the generation id and
+//!                 |                                     the device that tells of it, the state S5
 //!                 \-> MADT: processors, I/O APIC
 //! ```
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, ZERO,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -18,7 +20,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 
-use crate::device::{ports, virtio};
+use crate::device::{generation, ports, virtio};
 
 const OEM: [u8; 6] = *b"UKPFRK";
 const TABLE: [u8; 8] = *b"UKPFORK ";
@@ -96,6 +98,7 @@ fn dsdt(devices: usize) -> Sdt {
     )
     .to_aml_bytes(&mut bytes);
     virtio::windows(devices).for_each(|window| virtio_device(&window, &mut bytes));
+    generation_device(&mut bytes);
     let off = ports::SLEEP_OFF;
     Name::new("_S5_".into(), &Package::new(vec![&off, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut bytes);
@@ -119,6 +122,43 @@ fn virtio_device(window: &virtio::Window, bytes: &mut Vec<u8>) {
                 &Name::new("_CRS".into(), &resources),
             ],
         )],
+    )
+    .to_aml_bytes(bytes);
+}
+
+/// The generation id, and the generic event device whose interrupt says that it is another one.
+fn generation_device(bytes: &mut Vec<u8>) {
+    const CHANGED: u8 = 0x80;
+    let (address, gsi) = (generation::ADDRESS, generation::EVENT_GSI);
+    let id = Path::new("\\_SB_.VGEN");
+    let interrupt = Interrupt::new(true, true, false, false, gsi);
+    let resources = ResourceTemplate::new(vec![&interrupt]);
+    let is_ours = Equal::new(&Arg(0), &gsi);
+    let notify = Notify::new(&id, &CHANGED);
+    let told = If::new(&is_ours, vec![&notify]);
+    aml::Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "VGEN".into(),
+                vec![
+                    &Name::new("_HID".into(), &"UKPF0001"),
+                    // The driver goes by this one.
+                    &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                    &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                    &Name::new("ADDR".into(), &Package::new(vec![&address, &ZERO])),
+                ],
+            ),
+            &Device::new(
+                "GED_".into(),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0013"),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new("_CRS".into(), &resources),
+                    &Method::new("_EVT".into(), 1, true, vec![&told]),
+                ],
+            ),
+        ],
     )
     .to_aml_bytes(bytes);
 }
@@ -153,7 +193,24 @@ mod tests {
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         let places = |name: &[u8]| dsdt.windows(name.len()).filter(|part| *part == name).count();
         assert_eq!((places(b"LNRO0005"), places(b"VIO1"), places(b"VIO2")), (2, 1, 0));
+        assert!(all.len() < (generation::ADDRESS as usize) - START, "{} bytes", all.len());
         // Three processors of 8 bytes and an I/O APIC of 12.
         assert_eq!(madt.len(), 44 + 3 * 8 + 12);
+    }
+
+    #[test]
+    fn the_generation_id_has_an_address_and_an_event() {
+        let mut bytes = Vec::new();
+        generation_device(&mut bytes);
+        let has = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
+        // Name (_CID, "VM_Gen_Counter"): a driver goes by it.
+        assert!(has(b"\x08_CID\x0dVM_Gen_Counter\0"));
+        // Name (ADDR, Package { low, high }): a page of its own below 1 MiB.
+        assert!(has(b"\x08ADDR\x12\x08\x02\x0c\x00\xe0\x0f\x00\x00"));
+        // A line of its own, an edge that is high: interrupt 23.
+        assert!(has(b"\x89\x06\x00\x03\x01\x17\0\0\0"));
+        // Method (_EVT, 1, Serialized) { If (Arg0 == 23) { Notify (\_SB.VGEN, 0x80) } }
+        let method = b"\x14\x19_EVT\x09\xa0\x12\x93\x68\x0a\x17\x86\\._SB_VGEN\x0a\x80";
+        assert!(has(method), "{bytes:02x?}");
     }
 }

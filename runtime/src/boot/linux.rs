@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   0x1000 GDT   0x7000 zero page   0x9000 page tables   0x20000 command line
-//!   0xe0000 ACPI tables   0xffff0 reset vector   1 MiB kernel   ...
+//!   0xe0000 ACPI tables   0xfe000 generation id   0xffff0 reset vector   1 MiB kernel   ...
 //!   initramfs at the end of low memory
 //! ```
 

@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_child_reads_the_zero_uuid_and_its_own() {
-        let own = Identity { uuid: [7; 16], generation: 9 << 32 | 1, entropy: [3; 32] };
+        let own = Identity { uuid: [7; 16], generation: 9 << 32 | 1, ..Identity::default() };
         let mut answer = Answer::child(&own, 2, 3);
         let mut data = [0_u8; answer::WORDS * 4 + 8];
         answer.read(&mut data);

@@ -2,6 +2,7 @@
 //! keeps is plain data.
 
 mod answer;
+pub mod generation;
 pub mod ports;
 mod serial;
 pub mod virtio;

@@ -88,6 +88,7 @@ impl Standby {
         if rang {
             shared.announce_life();
         }
+        instance.tell_of_generation();
         let action = instance.after_exit(0, first);
         drop(alarm);
         instance.settle_thread();
@@ -185,6 +186,7 @@ impl Standby {
         shared.wait(|block| &block.rest_ready)?;
         vcpu.restore_rest(&state.vcpus[0], base).map_err(at)?;
         shared.begin(Step::Identity)?;
+        shared.instance.write_generation().map_err(ForkError::at(Step::Identity))?;
         let slot = shared.link.slot(shared.slot);
         let index = slot.index.load(Ordering::Relaxed);
         let children = shared.link.fork().children.load(Ordering::Relaxed);

@@ -499,7 +499,7 @@ impl Identity {
     /// `ENOSYS` if the kernel gives no random bytes: then nobody is made unique, and no fork
     /// succeeds.
     pub fn new() -> Result<Self, ForkCause> {
-        let mut bytes = [0_u8; 56];
+        let mut bytes = [0_u8; 72];
         let mut filled = 0;
         while filled < bytes.len() {
             filled += rustix::rand::getrandom(
@@ -510,7 +510,8 @@ impl Identity {
         }
         let mut identity = Self::default();
         let (uuid, rest) = bytes.split_at(16);
-        let (generation, entropy) = rest.split_at(8);
+        let (generation, rest) = rest.split_at(8);
+        let (entropy, vm_generation) = rest.split_at(32);
         let mut builder = [0_u8; 16];
         builder.copy_from_slice(uuid);
         identity.uuid = *uuid::Builder::from_random_bytes(builder).into_uuid().as_bytes();
@@ -518,6 +519,7 @@ impl Identity {
             identity.generation = identity.generation << 8 | u64::from(*byte);
         }
         identity.entropy.copy_from_slice(entropy);
+        identity.vm_generation.copy_from_slice(vm_generation);
         Ok(identity)
     }
 }

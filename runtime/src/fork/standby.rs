@@ -26,6 +26,7 @@ use super::shared::{Shared, tell};
 use super::step::{ForkCause, ForkError, Step};
 use super::zygote::{Womb, Zygote};
 use crate::beacon;
+use crate::device::generation;
 use crate::device::virtio::Bus;
 use crate::instance::{Birth, Cradle, Instance};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
@@ -135,6 +136,10 @@ fn prepare_with(
     }
     for page in link.header().hot_pages().filter(|page| (*page as usize) < mapping.bytes() / PAGE) {
         applier.touch(&mapping, page);
+    }
+    if config.is_linux() {
+        // The new generation id goes there.
+        applier.touch(&mapping, generation::PAGE_NUMBER);
     }
     let rehearsing = config.rehearse;
     let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))

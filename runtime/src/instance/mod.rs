@@ -27,7 +27,7 @@ pub use root::{READY, run_root};
 pub(crate) use vcpu::Action;
 
 use crate::beacon;
-use crate::device::{Answer, Serial, virtio};
+use crate::device::{Answer, Serial, generation, virtio};
 use crate::fork::{Engine, Identity, Link, Step, Zygote};
 use crate::kvm::{Kick, Machine};
 use crate::memory::{
@@ -343,6 +343,29 @@ impl Instance {
             });
         }
         events
+    }
+
+    /// Puts the generation id of this instance where its guest's ACPI tables say that it is.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory ends before that.
+    pub fn write_generation(&self) -> Result<(), SysError> {
+        if !self.config.is_linux() {
+            return Ok(());
+        }
+        generation::write(&self.ram, &self.identity.vm_generation).map_err(|_| SysError {
+            call: "writing the generation id",
+            source: std::io::ErrorKind::InvalidInput.into(),
+        })
+    }
+
+    /// Has the guest look at its generation id. Its vCPUs have their state.
+    pub fn tell_of_generation(&self) {
+        if self.config.is_linux() {
+            // It cannot fail for a line that the interrupt controllers have.
+            self.machine.pulse(generation::EVENT_GSI).unwrap_or(());
+        }
     }
 
     /// Ends the instance: all vCPU threads return, the control thread says goodbye.

@@ -154,6 +154,7 @@ fn load_guest(instance: &Instance, layout: RamLayout, vcpus: &mut [Vcpu]) -> Res
         let linux = Linux { kernel, initrd, initrd_tail, cmdline, devices };
         let entry = linux::load(&linux, ram, &layout, config.vcpus)?;
         instance.machine().mask_pics()?;
+        instance.write_generation()?;
         return vcpus.iter_mut().try_for_each(|vcpu| linux::start(vcpu, entry));
     }
     let guest = if config.bare.as_os_str().is_empty() {

@@ -69,6 +69,8 @@ pub struct Identity {
     pub generation: u64,
     /// Entropy for the guest's random number generator.
     pub entropy: [u8; 32],
+    /// The generation id that ACPI tells of, see [`crate::device::generation`].
+    pub vm_generation: [u8; 16],
 }
 
 /// State of a machine: what is outside the vCPUs, and each vCPU.
