@@ -152,6 +152,11 @@ pub enum Request {
     Pause,
     /// Lets them go on.
     Resume,
+    /// Types on the console of a Linux guest.
+    Type {
+        /// What.
+        bytes: Vec<u8>,
+    },
     /// Counters.
     Stats,
     /// KVM's own statistics.
@@ -270,6 +275,11 @@ pub enum Reply {
     Started {
         /// The sequence number.
         seq: u64,
+    },
+    /// So many bytes of what was typed found room.
+    Typed {
+        /// Number.
+        count: usize,
     },
     /// A fork was made.
     Forked {

@@ -15,8 +15,14 @@ use crate::cache;
 use crate::error::ImageError;
 
 /// What guests load, besides what these need.
-pub const WANTED: [&str; 5] =
-    ["virtio_mmio", "virtio_rng", "vmw_vsock_virtio_transport", "fuse", "overlay"];
+pub const WANTED: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_rng",
+    "virtio_console",
+    "vmw_vsock_virtio_transport",
+    "fuse",
+    "overlay",
+];
 
 /// Folders below a kernel folder that are looked into: more is no kernel folder.
 const MOST_FOLDERS: usize = 4096;

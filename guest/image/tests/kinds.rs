@@ -123,8 +123,8 @@ fn an_image_has_what_a_guest_needs() {
     assert_eq!((console.mode, console.device), (0o020_600, (5, 1)));
     assert_eq!(named(&entries, "run").bytes, b"var/run");
     assert!(!entries.iter().any(|entry| entry.name == ".uk/config.json"));
-    let list = "virtio_ring virtio virtio_mmio rng_core virtio_rng vsock \
-                vmw_vsock_virtio_transport overlay";
+    let list = "virtio_ring virtio virtio_mmio rng_core virtio_rng \
+                virtio_console vsock vmw_vsock_virtio_transport overlay";
     let list: Vec<_> = list.split(' ').map(|name| format!("/.uk/m/{name}.ko")).collect();
     assert_eq!(built.modules, list);
     assert_eq!(named(&entries, ".uk/modules").bytes, format!("{}\n", list.join("\n")).into_bytes());

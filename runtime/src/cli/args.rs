@@ -129,6 +129,10 @@ pub struct RunArgs {
     /// End all descendants when the first instance has ended
     #[arg(long)]
     pub kill_children: bool,
+    /// Type what comes on stdin on the console of the first instance (/dev/hvc0). A terminal is the
+    /// guest's then, Ctrl-C too; Ctrl-] ends all instances
+    #[arg(short, long, conflicts_with = "bare")]
+    pub interactive: bool,
     /// Print one JSON object for each event on stdout: started, console, forked, note, exited
     #[arg(long)]
     pub json: bool,

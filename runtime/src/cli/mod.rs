@@ -9,7 +9,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `args`, `parse` | what can be typed |
-//! | `run`, `console`, `signals` | the foreground owner |
+//! | `run`, `console`, `keyboard`, `signals` | the foreground owner |
 //! | `wire`, `serve`, `client` | what is said between processes |
 //! | `guest` | what the agent in a Linux guest is asked for |
 //! | `image` | images of Linux guests |
@@ -24,6 +24,7 @@ mod doctor;
 mod error;
 mod guest;
 mod image;
+mod keyboard;
 mod live;
 mod parse;
 mod prometheus;

@@ -22,6 +22,7 @@ use super::args::RunArgs;
 use super::console::{Console, Format};
 use super::error::{CliError, exit_code};
 use super::image;
+use super::keyboard::Keyboard;
 use super::parse;
 use super::serve::Server;
 use super::signals::Signals;
@@ -61,10 +62,14 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     }
     let server = Server::start(&owner, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
-    let result = start(&owner, config).map(|root| {
+    let result = start(&owner, config).and_then(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
         lock(&screen).note(&format!("{root} runs{what}"));
-        (root, watch(&owner, root, &signals, args.kill_children))
+        let keyboard = args.interactive.then(|| Keyboard::start(&owner, root)).transpose()?;
+        if let Some(note) = keyboard.as_ref().and_then(Keyboard::note) {
+            lock(&screen).note(note);
+        }
+        Ok((root, watch(&owner, root, &signals, args.kill_children)))
     });
     owner.shutdown();
     owner.settle();

@@ -319,6 +319,10 @@ impl Control<'_> {
                 self.paused = None;
                 Ok(Reply::Done)
             }
+            Request::Type { bytes } => match instance.devices() {
+                Some(devices) => Ok(Reply::Typed { count: devices.type_in(&bytes) }),
+                None => Err(plain(libc::ENODEV, "its guest has no console to type on")),
+            },
             Request::Stats => Ok(Reply::Stats(self.stats())),
             Request::KvmStats => match instance.machine().statistics() {
                 Ok(statistics) => Ok(Reply::KvmStats(statistics)),

@@ -396,16 +396,13 @@ impl Instance {
     /// Starts the devices of an instance that lives.
     fn start_devices(self: &Arc<Self>) {
         let Some(devices) = &self.devices else { return };
-        let (sources, errors) = devices.open();
-        for error in errors {
+        for error in devices.open() {
             self.post(Event::Note { text: sys::chain(&error) });
         }
         let instance = self.clone();
         let run = move || {
             let Some(devices) = &instance.devices else { return };
-            // It cannot fail for a line that the interrupt controllers have.
-            let raise = |gsi| instance.machine.pulse(gsi).unwrap_or(());
-            devices.run(&sources, &instance.ram, raise, || instance.gate.quitting());
+            devices.run(&instance.ram, &*instance, || instance.gate.quitting());
         };
         let thread = std::thread::Builder::new().name("devices".into()).stack_size(DEVICE_STACK);
         if let Err(error) = thread.spawn(run) {
@@ -452,6 +449,17 @@ impl Instance {
         }
         let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
         sys::set_affinity(cpus).unwrap_or(());
+    }
+}
+
+impl virtio::Outside for Instance {
+    fn raise(&self, gsi: u32) {
+        // It cannot fail for a line that the interrupt controllers have.
+        self.machine.pulse(gsi).unwrap_or(());
+    }
+
+    fn say(&self, bytes: &[u8]) {
+        self.post_console(bytes);
     }
 }
 

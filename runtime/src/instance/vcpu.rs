@@ -166,7 +166,7 @@ impl Instance {
             Ok(None | Some(VcpuExit::Hlt)) => Action::Continue,
             Ok(Some(VcpuExit::MmioWrite(address, data))) => {
                 if let Some(devices) = &self.devices {
-                    devices.write(address, data, &self.ram);
+                    devices.write(address, data, &self.ram, self);
                 }
                 Action::Continue
             }

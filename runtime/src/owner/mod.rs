@@ -250,6 +250,19 @@ impl Owner {
         }
     }
 
+    /// Types on the console of a Linux guest (`/dev/hvc0`); returns how many of the bytes there was
+    /// room for. The rest can be typed when the guest has read something.
+    ///
+    /// # Errors
+    ///
+    /// That it has none, or is gone.
+    pub fn type_in(&self, uuid: Uuid, bytes: &[u8]) -> Result<usize, OwnerError> {
+        match self.ask(uuid, Request::Type { bytes: bytes.to_vec() })? {
+            Reply::Typed { count } => Ok(count.min(bytes.len())),
+            _ => Ok(0),
+        }
+    }
+
     /// Starts a program on a vCPU of a bare guest; returns its sequence number.
     ///
     /// # Errors

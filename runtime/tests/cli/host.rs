@@ -58,7 +58,7 @@ pub fn an_image_is_made_and_kept() -> Result<(), Failed> {
     std::fs::create_dir_all(&kernel)?;
     std::fs::create_dir_all(source.join("etc"))?;
     std::fs::write(kernel.join("vmlinuz"), "a kernel")?;
-    let built_in = "virtio_mmio virtio-rng vmw_vsock_virtio_transport fuse overlay";
+    let built_in = "virtio_mmio virtio-rng virtio_console vmw_vsock_virtio_transport fuse overlay";
     let built_in = built_in.split(' ').map(|name| format!("kernel/{name}.ko\n"));
     std::fs::write(kernel.join("modules.builtin"), built_in.collect::<String>())?;
     let image = |words: &[&str]| {

@@ -8,6 +8,7 @@
 
 mod calls;
 mod children;
+mod console;
 mod forks;
 mod guest;
 mod host;
@@ -29,7 +30,7 @@ pub const WITH_PYTHON: &str = "python::";
 pub fn cases() -> Vec<Inside> {
     let last: Vec<Inside> = vec![("linux::everything_has_an_end", all_gone)];
     let areas = [forks::cases(), children::cases(), identity::cases(), host::cases()];
-    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases()];
+    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases(), console::cases()];
     let all = areas.into_iter().chain(more).chain([hostile::cases(), last]);
     all.flatten().collect()
 }

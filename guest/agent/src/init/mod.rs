@@ -1,7 +1,7 @@
 //! PID 1.
 //!
 //! ```text
-//!  mounts ─> console ─> modules ─> config ─> /uk/libukp ─> server, host ─> READY ─> workload
+//!  mounts ─> console ─> modules, hvc0 ─> config ─> /uk/libukp ─> server, host ─> READY ─> workload
 //!                                                                                      │ ends
 //!                                                                           EXIT <─────┘
 //! ```
@@ -68,11 +68,13 @@ fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> InitError {
 /// Runs the machine, which `doorbell` gives the doorbell of. Never returns.
 pub fn run(doorbell: fn() -> io::Result<Arc<dyn Doorbell>>) -> ! {
     mounts::mount_all();
-    if let Err(error) = mounts::open_console() {
+    if let Err(error) = mounts::open_console(mounts::CONSOLE) {
         // There may be nobody to read it.
         say(format_args!("no console: {error}"));
     }
     modules::load_all(&Path::new(HOME).join("modules"));
+    // A machine may have none: then it stays as it is.
+    mounts::open_console(mounts::FAST_CONSOLE).unwrap_or_default();
     let ending = Ending::default();
     match start(doorbell, &ending) {
         Ok(reaper) => reaper.reap(),

@@ -3,9 +3,10 @@
 use std::ffi::CStr;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -97,9 +98,15 @@ fn is_mount_point(at: &Path) -> io::Result<bool> {
     Ok(fs::metadata(at)?.dev() != fs::metadata(parent)?.dev())
 }
 
-/// Makes the console this process's standard input, output and error.
-pub(super) fn open_console() -> io::Result<()> {
-    let console = OpenOptions::new().read(true).write(true).open("/dev/console")?;
+/// Where the kernel's messages go.
+pub(super) const CONSOLE: &str = "/dev/console";
+/// A console of whole buffers, which is there once its module is loaded.
+pub(super) const FAST_CONSOLE: &str = "/dev/hvc0";
+
+/// Makes a terminal this process's standard input, output and error, but not the one that controls it.
+pub(super) fn open_console(path: &str) -> io::Result<()> {
+    let flags = OFlags::NOCTTY.bits().cast_signed();
+    let console = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
     dup2_stdin(&console)?;
     dup2_stdout(&console)?;
     dup2_stderr(&console)?;

@@ -106,6 +106,7 @@ impl Bench {
             ("virtio_mmio.ko", module("virtio,virtio_ring")),
             ("virtio-rng.ko", module("virtio,rng-core")),
             ("rng-core.ko", module("")),
+            ("virtio_console.ko", module("virtio,virtio_ring")),
             ("virtio.ko", module("virtio_ring")),
             ("virtio_ring.ko", module("")),
             ("vsock.ko", module("")),

@@ -4,11 +4,14 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use uuid::Uuid;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 
-use super::{Device, DeviceError, Registers, Rng, Transport, Vsock, Work, Wrote};
+use super::{
+    Ask, Console, Device, DeviceError, Done, Outside, Registers, Ring, Rng, Transport, Typed,
+    Vsock, Work, Wrote,
+};
 use crate::memory::GuestRam;
 use crate::proto::InstanceConfig;
 use crate::sys::{SysError, now_ns};
@@ -56,8 +59,12 @@ pub struct Saved {
 #[derive(Debug)]
 pub struct Bus {
     slots: Vec<Slot>,
-    /// Readable when a device was kicked.
-    bell: OwnedFd,
+    /// Written when a device was kicked.
+    bell: Arc<OwnedFd>,
+    /// Until the devices' thread takes it. Made with the machine: a child's is there before it lives.
+    ring: Mutex<Option<Ring>>,
+    /// What was typed on its console, if it has one.
+    typed: Option<(usize, Typed)>,
     /// Held by whoever wants all slots, so that the devices' thread cannot take one after the other
     /// in front of it.
     turn: Mutex<()>,
@@ -65,10 +72,13 @@ pub struct Bus {
 
 #[derive(Debug)]
 struct Slot {
+    window: Window,
     /// The guest has notified it since it last looked at its queues.
     kicked: AtomicBool,
     /// The parent's interrupt is to be repeated.
     repeats: AtomicBool,
+    /// See [`Device::is_prompt`].
+    prompt: bool,
     inner: Mutex<Inner>,
 }
 
@@ -96,17 +106,20 @@ impl Bus {
         if !config.is_linux() {
             return Ok(None);
         }
-        let mut devices: Vec<Box<dyn Device>> = vec![Box::<Rng>::default()];
+        let typed = Typed::default();
+        let console = Console::new(typed.clone());
+        let mut devices: Vec<Box<dyn Device>> = vec![Box::<Rng>::default(), Box::new(console)];
         if config.has_vsock() {
             devices.push(Box::new(Vsock::new(&config.vsock, uuid)?));
         }
-        Ok(Some(Self::of(devices.into_iter())?))
+        let bus = Self::of(devices.into_iter())?;
+        Ok(Some(Self { typed: Some((1, typed)), ..bus }))
     }
 
     /// How many devices that would be.
     #[must_use]
     pub fn devices_of(config: &InstanceConfig) -> usize {
-        usize::from(config.is_linux()) + usize::from(config.has_vsock())
+        2 * usize::from(config.is_linux()) + usize::from(config.has_vsock())
     }
 
     /// How many devices there are.
@@ -116,20 +129,23 @@ impl Bus {
     }
 
     pub(super) fn of(devices: impl Iterator<Item = Box<dyn Device>>) -> Result<Self, SysError> {
-        let slot = |device: Box<dyn Device>| {
+        let slot = |(device, window): (Box<dyn Device>, Window)| {
             let invalid = std::io::ErrorKind::InvalidInput;
             let transport = Transport::new(device.describe())
                 .map_err(|_| SysError { call: "making a device", source: invalid.into() })?;
             Ok(Slot {
+                window,
+                prompt: device.is_prompt(),
                 kicked: AtomicBool::new(false),
                 repeats: AtomicBool::new(false),
                 inner: Mutex::new(Inner { transport, device }),
             })
         };
-        let slots = devices.take(SLOTS).map(slot).collect::<Result<_, SysError>>()?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(SysError::new("eventfd"))?;
-        Ok(Self { slots, bell, turn: Mutex::new(()) })
+        let slots = devices.zip(windows(SLOTS)).map(slot).collect::<Result<_, SysError>>()?;
+        // The ring waits for one that blocks alone.
+        let bell = eventfd(0, EventfdFlags::CLOEXEC).map_err(SysError::new("eventfd"))?;
+        let (bell, ring) = (Arc::new(bell), Mutex::new(Some(Ring::new()?)));
+        Ok(Self { slots, bell, ring, typed: None, turn: Mutex::new(()) })
     }
 
     /// The guest reads at `address`, where the machine has no memory.
@@ -141,11 +157,15 @@ impl Bus {
     }
 
     /// The guest writes at `address`, where the machine has no memory.
-    pub fn write(&self, address: u64, data: &[u8], ram: &GuestRam) {
+    pub fn write(&self, address: u64, data: &[u8], ram: &GuestRam, outside: &dyn Outside) {
         let Some((slot, offset)) = self.find(address) else { return };
         // The one register that is written all the time does not wait for the device.
         if offset == u64::from(VIRTIO_MMIO_QUEUE_NOTIFY) {
-            self.kick(slot);
+            if slot.prompt {
+                self.work_promptly(slot, ram, outside);
+            } else {
+                self.kick(slot);
+            }
             return;
         }
         let mut inner = slot.lock();
@@ -154,6 +174,23 @@ impl Bus {
             Wrote::Started => self.kick(slot),
             Wrote::Reset => inner.device.reset(),
         }
+    }
+
+    /// Works on behalf of the devices' thread.
+    fn work_promptly(&self, slot: &Slot, ram: &GuestRam, outside: &dyn Outside) {
+        if self.work(slot, ram, outside).more {
+            self.kick(slot);
+        }
+    }
+
+    /// Types on the guest's console; returns how many bytes there was room for.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        let Some((slot, typed)) = &self.typed else { return 0 };
+        let taken = typed.add(bytes);
+        if let Some(slot) = self.slots.get(*slot) {
+            self.kick(slot);
+        }
+        taken
     }
 
     fn find(&self, address: u64) -> Option<(&Slot, u64)> {
@@ -170,7 +207,7 @@ impl Bus {
     }
 
     fn ring(&self) {
-        // Fails only when the counter is full, and then the other side is about to look anyway.
+        // It neither fails nor blocks before it was written 2^64 times and not read.
         rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).unwrap_or(0);
     }
 
@@ -197,13 +234,8 @@ impl Bus {
     }
 
     /// Has the devices make what they need of the host. What the host refuses, they do without.
-    pub fn open(&self) -> (Sources, Vec<DeviceError>) {
-        let mut errors = Vec::new();
-        let mut open = |slot: &Slot| {
-            let source = slot.lock().device.open();
-            source.map_err(|error| errors.push(error)).unwrap_or_default()
-        };
-        (Sources(self.slots.iter().map(&mut open).collect()), errors)
+    pub fn open(&self) -> Vec<DeviceError> {
+        self.slots.iter().filter_map(|slot| slot.lock().device.open().err()).collect()
     }
 
     /// The instance ends: nothing of the devices stays in the host's file systems.
@@ -213,37 +245,52 @@ impl Bus {
         }
     }
 
-    /// The devices' thread: works until `over`. `raise` interrupts the guest on a line.
-    pub fn run(
-        &self,
-        sources: &Sources,
-        ram: &GuestRam,
-        raise: impl Fn(u32),
-        over: impl Fn() -> bool,
-    ) {
+    /// The devices' thread: works until `over`.
+    pub fn run(&self, ram: &GuestRam, outside: &dyn Outside, over: impl Fn() -> bool) {
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // There is one such thread.
+        let Some(mut ring) = ring else { return };
+        let own = self.slots.len();
+        let mut rang = true;
+        let mut asks = Vec::new();
         let mut alarms = vec![None; self.slots.len()];
         while !over() {
             let now = now_ns();
-            let slots = self.slots.iter().zip(windows(SLOTS)).zip(&mut alarms);
-            for ((slot, window), alarm) in slots {
+            for (index, (slot, alarm)) in self.slots.iter().zip(&mut alarms).enumerate() {
                 let due = alarm.is_some_and(|at| at <= now);
                 if slot.kicked.swap(false, Ordering::SeqCst) || due {
-                    let work = self.work(slot, ram, &|| raise(window.gsi));
+                    let work = self.work(slot, ram, outside);
                     slot.kicked.fetch_or(work.more, Ordering::SeqCst);
                     *alarm = work.at_ns;
+                    self.take_turn(slot).device.asks(&mut asks);
+                    asks.drain(..).for_each(|ask| ring.ask(index, ask));
                 }
             }
             let again = self.slots.iter().any(|slot| slot.kicked.load(Ordering::SeqCst));
             let next = if again { Some(0) } else { alarms.iter().flatten().min().copied() };
-            self.sleep(sources, next);
+            if std::mem::take(&mut rang) {
+                ring.ask(own, Ask::Ring { number: 0, bell: self.bell.clone() });
+            }
+            ring.turn(next, |index, done| match self.slots.get(index) {
+                Some(slot) => {
+                    self.take_turn(slot).device.done(done);
+                    slot.kicked.store(true, Ordering::SeqCst);
+                }
+                None => rang |= matches!(done, Done::Rang(_)),
+            });
         }
     }
 
+    /// A slot's lock, after whoever wants all slots.
+    fn take_turn<'a>(&'a self, slot: &'a Slot) -> MutexGuard<'a, Inner> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.lock()
+    }
+
     /// One batch of a device's work.
-    fn work(&self, slot: &Slot, ram: &GuestRam, raise: &dyn Fn()) -> Work {
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut inner = slot.lock();
-        drop(turn);
+    fn work(&self, slot: &Slot, ram: &GuestRam, outside: &dyn Outside) -> Work {
+        let raise = || outside.raise(slot.window.gsi);
+        let mut inner = self.take_turn(slot);
         let Inner { transport, device } = &mut *inner;
         if slot.repeats.swap(false, Ordering::SeqCst) && transport.is_interrupting() {
             raise();
@@ -258,41 +305,14 @@ impl Bus {
             raise();
             return Work::default();
         };
+        if !work.said.is_empty() {
+            outside.say(&work.said);
+        }
         if work.interrupt {
             transport.used();
             raise();
         }
         work
-    }
-
-    /// Sleeps until a device was kicked, something is readable, or the time has come. What is
-    /// readable counts as a kick.
-    fn sleep(&self, sources: &Sources, until_ns: Option<u64>) {
-        let mut fds = vec![PollFd::new(&self.bell, PollFlags::IN)];
-        let with_source = self.slots.iter().zip(&sources.0);
-        let mut slots = Vec::new();
-        for (slot, source) in with_source {
-            if let Some(source) = source {
-                fds.push(PollFd::new(&**source, PollFlags::IN));
-                slots.push(slot);
-            }
-        }
-        let time = until_ns.map(|at| {
-            let left = at.saturating_sub(now_ns());
-            let nsec = i64::try_from(left % 1_000_000_000).unwrap_or(0);
-            Timespec { tv_sec: (left / 1_000_000_000).cast_signed(), tv_nsec: nsec }
-        });
-        // EINTR: look again.
-        poll(&mut fds, time.as_ref()).unwrap_or(0);
-        if fds.first().is_some_and(|bell| !bell.revents().is_empty()) {
-            // Fails only when nobody rang.
-            rustix::io::read(&self.bell, &mut [0_u8; 8]).unwrap_or(0);
-        }
-        for (slot, fd) in slots.iter().zip(fds.iter().skip(1)) {
-            if !fd.revents().is_empty() {
-                slot.kicked.store(true, Ordering::SeqCst);
-            }
-        }
     }
 
     /// One turn of the devices' thread: each device works, as if something had changed on the host's
@@ -311,10 +331,6 @@ impl Bus {
         self.ring();
     }
 }
-
-/// What is readable when a device has something to do, by device.
-#[derive(Debug)]
-pub struct Sources(Vec<Option<Arc<OwnedFd>>>);
 
 impl Slot {
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -74,6 +74,12 @@ impl Chain {
         Ok(done)
     }
 
+    /// Bytes that the driver wrote, as far as it says.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.readable.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len))
+    }
+
     /// Bytes that can be written.
     #[must_use]
     pub fn room(&self) -> usize {

@@ -1,14 +1,14 @@
 //! A driver for tests: the guest's side of registers and queues.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_mmio as reg;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Bus, Device, Saved, Window, windows};
+use super::{Bus, Device, Outside, Saved, Window, windows};
 use crate::memory::GuestRam;
 
 /// Bytes of guest memory.
@@ -197,6 +197,23 @@ fn cut(parts: &mut Vec<u32>, len: u32) {
     parts.retain(|part| *part > 0);
 }
 
+/// What a device has done.
+#[derive(Debug)]
+pub struct Heard {
+    interrupts: Arc<AtomicU32>,
+    said: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Outside for Heard {
+    fn raise(&self, _gsi: u32) {
+        self.interrupts.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn say(&self, bytes: &[u8]) {
+        self.said.lock().expect("nobody panicked").extend(bytes);
+    }
+}
+
 /// A machine with one device, and the thread that runs it.
 #[derive(Debug)]
 pub struct Rig {
@@ -205,6 +222,7 @@ pub struct Rig {
     pub window: Window,
     /// Interrupts so far.
     pub interrupts: Arc<AtomicU32>,
+    said: Arc<Mutex<Vec<u8>>>,
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -217,6 +235,7 @@ impl Rig {
             bus: Arc::new(bus),
             window: windows(1).next().expect("one"),
             interrupts: Arc::default(),
+            said: Arc::default(),
             over: Arc::default(),
             thread: None,
         }
@@ -224,16 +243,22 @@ impl Rig {
 
     /// Starts the devices' thread.
     pub fn go(&mut self) {
-        let (sources, errors) = self.bus.open();
+        let errors = self.bus.open();
         assert!(errors.is_empty(), "{errors:?}");
         let (bus, ram) = (self.bus.clone(), self.ram.clone());
-        let (interrupts, over) = (self.interrupts.clone(), self.over.clone());
+        let (outside, over) = (self.outside(), self.over.clone());
         self.thread = Some(std::thread::spawn(move || {
-            let raise = |_| {
-                interrupts.fetch_add(1, Ordering::SeqCst);
-            };
-            bus.run(&sources, &ram, raise, || over.load(Ordering::SeqCst));
+            bus.run(&ram, &outside, || over.load(Ordering::SeqCst));
         }));
+    }
+
+    pub fn outside(&self) -> Heard {
+        Heard { interrupts: self.interrupts.clone(), said: self.said.clone() }
+    }
+
+    /// What the guest has said.
+    pub fn said(&self) -> Vec<u8> {
+        self.said.lock().expect("nobody panicked").clone()
     }
 
     pub fn read(&self, offset: u32) -> u32 {
@@ -243,7 +268,8 @@ impl Rig {
     }
 
     pub fn write(&self, offset: u32, value: u32) {
-        self.bus.write(u64::from(self.window.start + offset), &value.to_le_bytes(), &self.ram);
+        let address = u64::from(self.window.start + offset);
+        self.bus.write(address, &value.to_le_bytes(), &self.ram, &self.outside());
     }
 
     /// Does what a driver does until it has set the features.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   vCPU thread                       devices' thread
-//!     exit: MMIO --> Transport          sleeps on the bell and on what devices wait for
+//!     exit: MMIO --> Transport          sleeps in the ring: bell, sockets, alarms
 //!     QueueNotify --> kick + bell -->   Device::work: queues <-> host
 //!                  <-- interrupt -----
 //! ```
@@ -19,26 +19,28 @@
 
 mod bus;
 mod chain;
+mod console;
 #[cfg(test)]
 mod driver;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzz;
 mod mmio;
+mod ring;
 mod rng;
 #[cfg(test)]
 mod tests;
 mod vsock;
 
 use std::fmt::Debug;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use virtio_queue::Queue;
 
-pub use bus::{Bus, Quiet, Saved, Sources, Window, windows};
+pub use bus::{Bus, Quiet, Saved, Window, windows};
 pub(super) use chain::Chain;
+use console::{Console, Typed};
 pub use mmio::{Description, Registers, Transport, Wrote};
+pub use ring::{Ask, Done, Ring};
 use rng::Rng;
 pub use vsock::Vsock;
 
@@ -98,7 +100,7 @@ pub enum Broken {
 }
 
 /// What came of a batch of work.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Work {
     /// The driver wants to be interrupted.
     pub interrupt: bool,
@@ -106,6 +108,17 @@ pub struct Work {
     pub more: bool,
     /// There is something to do at that time, in nanoseconds of the monotonic clock.
     pub at_ns: Option<u64>,
+    /// What the guest has said on its console.
+    pub said: Vec<u8>,
+}
+
+/// Where a device's work shows outside of it.
+pub trait Outside {
+    /// Interrupts the guest, by an edge on this line.
+    fn raise(&self, gsi: u32);
+
+    /// Puts this on the instance's console.
+    fn say(&self, bytes: &[u8]);
 }
 
 /// What a device does with its buffers. Its lock is held.
@@ -113,17 +126,31 @@ pub trait Device: Debug + Send {
     /// What it is, to its driver.
     fn describe(&self) -> Description;
 
+    /// Whether the vCPU that notifies it does its work, because the driver spins until that is done.
+    fn is_prompt(&self) -> bool {
+        false
+    }
+
     /// The driver has reset it.
     fn reset(&mut self);
 
-    /// The instance lives: whatever the device needs of the host is made. Returns what is readable
-    /// when there is work to do.
+    /// The instance lives: whatever the device needs of the host is made.
     ///
     /// # Errors
     ///
     /// What the host refuses.
-    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, DeviceError> {
-        Ok(None)
+    fn open(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// What is to be done with the host, after work.
+    fn asks(&mut self, asks: &mut Vec<Ask>) {
+        let _ = asks;
+    }
+
+    /// Something that was asked for is done. Work follows.
+    fn done(&mut self, done: Done) {
+        drop(done);
     }
 
     /// The instance ends: nothing of the device stays in the host's file systems.

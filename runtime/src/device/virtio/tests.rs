@@ -220,7 +220,8 @@ fn play(rig: &Rig, queues: &[&DriverQueue], features: u64, moves: &[Move]) {
     for one in moves {
         match one {
             Move::Write(at, data) => {
-                rig.bus.write(u64::from(rig.window.start + at), data, &rig.ram);
+                let address = u64::from(rig.window.start + at);
+                rig.bus.write(address, data, &rig.ram, &rig.outside());
             }
             Move::Read(at, len) => {
                 rig.bus.read(u64::from(rig.window.start + at), &mut vec![0; *len]);

@@ -14,11 +14,13 @@
 use std::collections::VecDeque;
 use std::num::Wrapping;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send};
+use rustix::net::Shutdown;
 
 use super::packet::{Header, op, shutdown};
+use crate::device::virtio::Ask;
 
 /// Bytes that are kept for the host's side of a connection.
 pub const BUFFER: usize = 64 * 1024;
@@ -28,6 +30,8 @@ const ROOM: u32 = 64 * 1024;
 const TELL: u32 = ROOM / 2;
 /// The longest greeting: "CONNECT " and a port.
 const GREETING: usize = 32;
+/// Least bytes that are received at once: who sends little at a time needs no more memory.
+const LEAST: usize = 4096;
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +44,17 @@ pub enum Stage {
     Open,
     /// The guest has forgotten it.
     Leaving,
+}
+
+/// What a host has said that has connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// Not all yet.
+    Waiting,
+    /// Which port of the guest it wants.
+    Port(u32),
+    /// Something else.
+    Nonsense,
 }
 
 /// What a connection has for the guest.
@@ -72,19 +87,30 @@ pub struct Connection {
     pub deadline_ns: Option<u64>,
     /// It is listed among those that may have something for the guest.
     pub listed: bool,
-    socket: OwnedFd,
-    /// As far as is known, the socket has something to read, and room to write.
-    readable: bool,
-    writable: bool,
+    socket: Arc<OwnedFd>,
+    /// What is under way in the ring.
+    receiving: bool,
+    /// Bytes.
+    sending: usize,
+    watched: bool,
+    /// From the host, not yet taken by the guest; from `taken` on. Empty while it is being filled.
+    from_host: Vec<u8>,
+    taken: usize,
+    /// Bytes to be received at once: more for who sends much.
+    chunk: usize,
     /// The host will not send any more, will not receive any more.
     host_sent: bool,
     host_left: bool,
     /// What the guest said with SHUTDOWN, and what it was told.
     guest_shutdown: u32,
     told_shutdown: u32,
-    /// For the host. The first bytes are ours, not the guest's.
+    /// For the host, behind what is being sent.
     to_host: VecDeque<u8>,
+    /// So many of the first bytes, those being sent included, are ours and not the guest's.
     ours: usize,
+    /// A part of what was to be sent, first of all.
+    rest: Option<(Vec<u8>, usize)>,
+    ended_writing: bool,
     /// Bytes of the guest that were passed on, and how many it knows of.
     passed: Wrapping<u32>,
     told: Wrapping<u32>,
@@ -107,15 +133,21 @@ impl Connection {
             host_port,
             deadline_ns: None,
             listed: false,
-            socket,
-            readable: true,
-            writable: true,
+            socket: Arc::new(socket),
+            receiving: false,
+            sending: 0,
+            watched: false,
+            from_host: Vec::new(),
+            taken: 0,
+            chunk: LEAST,
             host_sent: false,
             host_left: false,
             guest_shutdown: 0,
             told_shutdown: 0,
             to_host: VecDeque::new(),
             ours: 0,
+            rest: None,
+            ended_writing: false,
             passed: Wrapping(0),
             told: Wrapping(0),
             sent: Wrapping(0),
@@ -127,50 +159,146 @@ impl Connection {
         }
     }
 
-    /// The host's socket.
-    #[must_use]
-    pub fn socket(&self) -> &OwnedFd {
-        &self.socket
+    /// What is to be done with the host.
+    pub fn asks(&mut self, number: u64, asks: &mut Vec<Ask>) {
+        let socket = || self.socket.clone();
+        if !std::mem::replace(&mut self.watched, true) {
+            asks.push(Ask::HangUp { number, socket: socket() });
+        }
+        let room = match self.stage {
+            Stage::Greeting => GREETING,
+            Stage::Open if self.guest_shutdown & shutdown::RECEIVE == 0 => self.room(),
+            _ => 0,
+        };
+        let wanted = self.unread().is_empty() || self.stage == Stage::Greeting;
+        if wanted && room > 0 && !self.receiving && !self.host_sent {
+            let mut buffer = Vec::new();
+            if self.stage != Stage::Greeting {
+                buffer = std::mem::take(&mut self.from_host);
+                self.taken = 0;
+            }
+            buffer.resize(self.chunk.min(room), 0);
+            buffer.shrink_to(self.chunk);
+            asks.push(Ask::Receive { number, socket: socket(), buffer });
+            self.receiving = true;
+        }
+        if self.sending == 0 && !self.host_left {
+            let (buffer, from) = self.rest.take().unwrap_or_else(|| {
+                let all = std::mem::take(&mut self.to_host);
+                (all.into(), 0)
+            });
+            self.sending = buffer.len() - from;
+            if self.sending > 0 {
+                asks.push(Ask::Send { number, socket: socket(), buffer, from });
+            }
+        }
+        self.end_writing();
     }
 
-    /// The socket has changed.
-    pub fn woken(&mut self, readable: bool, writable: bool, hung_up: bool) {
-        self.readable |= readable;
-        self.writable |= writable;
-        self.host_left |= hung_up;
+    /// Something has come from the host.
+    pub fn received(&mut self, result: Result<usize, Errno>, mut buffer: Vec<u8>) {
+        self.receiving = false;
+        let len = match result {
+            Ok(0) => {
+                self.host_sent = true;
+                0
+            }
+            Ok(len) => len.min(buffer.len()),
+            Err(Errno::INTR | Errno::AGAIN) => 0,
+            Err(_) => {
+                self.host_sent = true;
+                self.host_left = true;
+                0
+            }
+        };
+        if len == self.chunk {
+            self.chunk = (self.chunk * 4).min(BUFFER);
+        } else if len < self.chunk / 4 {
+            self.chunk = (self.chunk / 4).max(LEAST);
+        }
+        buffer.truncate(len);
+        if self.stage == Stage::Greeting {
+            self.from_host.extend(buffer);
+        } else {
+            self.from_host = buffer;
+            self.taken = 0;
+        }
+    }
+
+    /// Something has gone to the host.
+    pub fn sent(&mut self, result: Result<usize, Errno>, buffer: Vec<u8>) {
+        let sending = std::mem::take(&mut self.sending);
+        let sent = match result {
+            Ok(sent) => sent.min(sending),
+            Err(Errno::INTR | Errno::AGAIN) => 0,
+            Err(_) => {
+                self.host_left = true;
+                sending
+            }
+        };
+        let ours = sent.min(self.ours);
+        self.ours -= ours;
+        self.passed += wrap(sent - ours);
+        if sent < sending {
+            let from = buffer.len() - (sending - sent);
+            self.rest = Some((buffer, from));
+        }
+        self.forget_unsent();
+    }
+
+    /// The host is gone.
+    pub fn hung_up(&mut self) {
+        self.host_left = true;
+        self.forget_unsent();
     }
 
     /// The port that the host wants, once it has said so.
-    ///
-    /// # Errors
-    ///
-    /// If it says something else.
-    pub fn greeting(&mut self) -> Result<Option<u32>, Errno> {
-        let mut text = [0; GREETING];
-        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        let len = match recv(&self.socket, &mut text, peek) {
-            Ok((_, 0)) => return Err(Errno::PIPE),
-            Ok((_, len)) => len.min(GREETING),
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
-            Err(errno) => return Err(errno),
-        };
-        let said = &text[..len];
+    pub fn greeting(&mut self) -> Greeting {
+        let said = self.from_host.get(..GREETING).unwrap_or(&self.from_host);
         let Some(end) = said.iter().position(|byte| *byte == b'\n') else {
-            // There is more to come, for which the socket becomes readable anew.
-            return if len == GREETING { Err(Errno::PROTO) } else { Ok(None) };
+            let over = said.len() == GREETING || self.host_sent;
+            return if over { Greeting::Nonsense } else { Greeting::Waiting };
         };
-        let port = said[..end].strip_prefix(b"CONNECT ").ok_or(Errno::PROTO)?;
-        let port = str::from_utf8(port).ok().and_then(|port| port.trim().parse().ok());
-        let port = port.ok_or(Errno::PROTO)?;
-        recv(&self.socket, &mut text[..=end], RecvFlags::DONTWAIT)?;
-        Ok(Some(port))
+        let port = said[..end].strip_prefix(b"CONNECT ");
+        let port = port.and_then(|port| str::from_utf8(port).ok()?.trim().parse().ok());
+        let Some(port) = port else { return Greeting::Nonsense };
+        self.taken = end + 1;
+        Greeting::Port(port)
     }
 
     /// Says something to the host that does not come from the guest, in front of all that does.
     pub fn say(&mut self, text: &str) {
         self.to_host.extend(text.as_bytes());
         self.ours += text.len();
-        self.flush();
+    }
+
+    /// What has come from the host and the guest has not.
+    fn unread(&self) -> &[u8] {
+        self.from_host.get(self.taken..).unwrap_or_default()
+    }
+
+    /// Bytes for the host that it does not have.
+    fn unsent(&self) -> usize {
+        let rest = self.rest.as_ref().map_or(0, |(buffer, from)| buffer.len() - from);
+        self.sending + rest + self.to_host.len()
+    }
+
+    /// Nobody will read them.
+    fn forget_unsent(&mut self) {
+        if self.host_left && self.sending == 0 {
+            let unsent = self.unsent();
+            self.passed += wrap(unsent - self.ours.min(unsent));
+            (self.to_host, self.rest, self.ours) = (VecDeque::new(), None, 0);
+        }
+    }
+
+    /// The guest's end of file, behind all that it has written.
+    fn end_writing(&mut self) {
+        let ended = self.guest_shutdown & shutdown::SEND != 0 && self.unsent() == 0;
+        if ended && !std::mem::replace(&mut self.ended_writing, true) {
+            // The host may be gone: then it does not matter.
+            rustix::net::shutdown(&self.socket, Shutdown::Write).unwrap_or(());
+        }
     }
 
     /// Takes note of what every packet of the guest tells about its room.
@@ -194,19 +322,13 @@ impl Connection {
     /// The guest sends `data`; tells whether it may.
     #[must_use]
     pub fn take(&mut self, data: &[u8]) -> bool {
-        let kept = self.to_host.len() - self.ours;
+        let kept = self.unsent().saturating_sub(self.ours);
         let after_end = self.guest_shutdown & shutdown::SEND != 0;
         if after_end || data.len() > BUFFER.saturating_sub(kept) {
             return false;
         }
-        let mut data = data;
-        if self.to_host.is_empty() {
-            let sent = self.send(data);
-            self.passed += wrap(sent);
-            data = &data[sent..];
-        }
         self.to_host.extend(data);
-        self.flush();
+        self.forget_unsent();
         true
     }
 
@@ -217,7 +339,7 @@ impl Connection {
             // The host learns when it writes. It may be gone: then it does not matter.
             rustix::net::shutdown(&self.socket, Shutdown::Read).unwrap_or(());
         }
-        self.flush();
+        self.end_writing();
     }
 
     /// The guest has forgotten this connection: what it wrote before is passed on, unless it broke
@@ -225,50 +347,15 @@ impl Connection {
     pub fn leave(&mut self) {
         self.stage = Stage::Leaving;
         if self.guest_shutdown & shutdown::SEND == 0 {
-            self.to_host.clear();
-            self.ours = 0;
+            (self.to_host, self.rest, self.ours) = (VecDeque::new(), None, 0);
         }
-        self.flush();
     }
 
     /// Whether all is said: both ends are done, or one is gone.
     #[must_use]
     pub fn is_over(&self) -> bool {
         let ended = self.stage == Stage::Leaving || self.guest_shutdown == shutdown::BOTH;
-        ended && (self.to_host.is_empty() || self.host_left)
-    }
-
-    /// Passes on what the host has room for.
-    pub fn flush(&mut self) {
-        while !self.to_host.is_empty() && self.writable && !self.host_left {
-            let part = self.to_host.as_slices().0;
-            let sent = send_to(&self.socket, part, &mut self.writable, &mut self.host_left);
-            self.forget(sent);
-        }
-        if self.host_left {
-            self.forget(self.to_host.len());
-        }
-        if self.to_host.is_empty() {
-            // A thousand connections have been slow once: they do not keep their memory.
-            self.to_host.shrink_to(0);
-            if self.guest_shutdown & shutdown::SEND != 0 {
-                rustix::net::shutdown(&self.socket, Shutdown::Write).unwrap_or(());
-            }
-        }
-    }
-
-    fn forget(&mut self, bytes: usize) {
-        self.to_host.drain(..bytes.min(self.to_host.len()));
-        let ours = bytes.min(self.ours);
-        self.ours -= ours;
-        self.passed += wrap(bytes - ours);
-    }
-
-    fn send(&mut self, data: &[u8]) -> usize {
-        if !self.writable || self.host_left {
-            return 0;
-        }
-        send_to(&self.socket, data, &mut self.writable, &mut self.host_left)
+        ended && (self.unsent() == 0 || self.host_left)
     }
 
     /// What is next for the guest. Data is put into `buffer`.
@@ -289,10 +376,11 @@ impl Connection {
             return next;
         }
         let mut flags = 0;
-        if self.host_sent {
+        let host_sent = self.host_sent && self.unread().is_empty();
+        if host_sent {
             flags |= shutdown::SEND;
         }
-        if self.host_left && (self.host_sent || self.guest_shutdown & shutdown::RECEIVE != 0) {
+        if self.host_left && (host_sent || self.guest_shutdown & shutdown::RECEIVE != 0) {
             flags |= shutdown::BOTH;
         }
         if flags & !self.told_shutdown != 0 {
@@ -307,8 +395,8 @@ impl Connection {
 
     fn next_data(&mut self, buffer: &mut [u8]) -> Option<Next> {
         let wanted = self.guest_shutdown & shutdown::RECEIVE == 0;
-        // Reading nothing would look like the end.
-        if !wanted || self.host_sent || !self.readable || buffer.is_empty() {
+        let waiting = !self.unread().is_empty();
+        if !wanted || buffer.is_empty() || (self.host_sent && !waiting) {
             return None;
         }
         let room = self.room();
@@ -316,21 +404,15 @@ impl Connection {
             let asks = !std::mem::replace(&mut self.asked_for_room, true);
             return asks.then_some(Next::Control { op: op::CREDIT_REQUEST, flags: 0 });
         }
-        let len = buffer.len().min(room);
-        match recv(&self.socket, &mut buffer[..len], RecvFlags::DONTWAIT) {
-            Ok((_, 0)) => self.host_sent = true,
-            Ok((_, len)) => {
-                self.sent += wrap(len);
-                return Some(Next::Data(len));
-            }
-            Err(Errno::AGAIN) => self.readable = false,
-            Err(Errno::INTR) => {}
-            Err(_) => {
-                self.host_sent = true;
-                self.host_left = true;
-            }
+        let len = buffer.len().min(room).min(self.unread().len());
+        if len == 0 {
+            return None;
         }
-        None
+        let (to, from) = (buffer.get_mut(..len)?, self.unread().get(..len)?);
+        to.copy_from_slice(from);
+        self.taken += len;
+        self.sent += wrap(len);
+        Some(Next::Data(len))
     }
 
     /// The header of a packet for the guest's end, which so learns of our room.
@@ -353,18 +435,11 @@ impl Connection {
     }
 }
 
-/// Sends as much as there is room for, and notes why it is not more.
-fn send_to(socket: &OwnedFd, data: &[u8], writable: &mut bool, left: &mut bool) -> usize {
-    if data.is_empty() {
-        return 0;
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // What is under way has the socket still, and ends with this.
+        rustix::net::shutdown(&self.socket, Shutdown::Both).unwrap_or(());
     }
-    match send(socket, data, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-        Ok(sent) => return sent,
-        Err(Errno::AGAIN) => *writable = false,
-        Err(Errno::INTR) => {}
-        Err(_) => *left = true,
-    }
-    0
 }
 
 fn wrap(len: usize) -> Wrapping<u32> {

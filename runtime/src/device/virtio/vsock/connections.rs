@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::Shutdown;
 
-use super::connection::{Connection, Next, Stage};
-use super::host::{Address, LISTENER, Watch};
+use super::connection::{Connection, Greeting, Next, Stage};
+use super::host::{Address, LISTENER};
 use super::packet::{HOST, Header, STREAM, op};
-use crate::device::virtio::DeviceError;
-use crate::sys::{SysError, now_ns};
+use crate::device::virtio::{Ask, DeviceError, Done};
+use crate::sys::now_ns;
 
 /// Most connections, those that are not yet or no more known to the guest included.
 pub const MOST: usize = 1024;
@@ -18,8 +18,6 @@ pub const MOST: usize = 1024;
 const RESETS: usize = 256;
 /// Ports from which the host's connections come.
 const FIRST_PORT: u32 = 1 << 30;
-/// Connections that are accepted at once.
-const ACCEPTS: usize = 16;
 
 /// How long the host may take to say what it wants, the guest to accept it, the host to read what a
 /// connection has left behind.
@@ -35,10 +33,18 @@ type Ports = (u32, u32);
 #[derive(Debug)]
 pub struct Connections {
     address: Address,
-    watch: Option<Watch>,
-    listener: Option<OwnedFd>,
-    /// There may be somebody to accept.
-    knocked: bool,
+    cid: u64,
+    listener: Option<Arc<OwnedFd>>,
+    /// The guest is ready for connections of the host.
+    listens: bool,
+    /// Somebody will be accepted.
+    accepting: bool,
+    /// Who was accepted when there was no place any more.
+    at_door: Option<OwnedFd>,
+    /// Not before then is anybody accepted, after that has failed.
+    accept_at_ns: Option<u64>,
+    /// Connections that may have come further.
+    changed: Vec<u64>,
     by_number: BTreeMap<u64, Connection>,
     by_ports: HashMap<Ports, u64>,
     last_number: u64,
@@ -54,9 +60,13 @@ impl Connections {
     pub fn new(address: Address) -> Self {
         Self {
             address,
-            watch: None,
+            cid: 0,
             listener: None,
-            knocked: false,
+            listens: false,
+            accepting: false,
+            at_door: None,
+            accept_at_ns: None,
+            changed: Vec::new(),
             by_number: BTreeMap::new(),
             by_ports: HashMap::new(),
             last_number: LISTENER,
@@ -66,24 +76,22 @@ impl Connections {
         }
     }
 
-    /// Begins to listen and to watch.
+    /// Begins to listen.
     ///
     /// # Errors
     ///
     /// What the host refuses.
-    pub fn open(&mut self) -> Result<Watch, DeviceError> {
-        let watch = Watch::new()?;
-        let listener = self.address.listen()?;
-        watch.add(&listener, LISTENER).map_err(SysError::new("epoll_ctl"))?;
-        self.listener = Some(listener);
-        self.watch = Some(watch.clone());
-        Ok(watch)
+    pub fn open(&mut self) -> Result<(), DeviceError> {
+        self.listener = Some(Arc::new(self.address.listen()?));
+        Ok(())
     }
 
     /// Ends all, and leaves nothing in the file system.
     pub fn close(&mut self) {
         self.forget();
-        if self.listener.take().is_some() {
+        if let Some(listener) = self.listener.take() {
+            // The ring has it still, if it is waiting for somebody.
+            rustix::net::shutdown(&listener, Shutdown::Both).unwrap_or(());
             // If somebody else has removed it that is as well.
             std::fs::remove_file(self.address.listener()).unwrap_or(());
         }
@@ -95,8 +103,8 @@ impl Connections {
         self.by_ports.clear();
         self.turns.clear();
         self.resets.clear();
-        // Those who waited for a place.
-        self.knocked = self.listener.is_some();
+        self.changed.clear();
+        self.listens = false;
     }
 
     /// The same, where the guest may know of some: it is told.
@@ -120,44 +128,60 @@ impl Connections {
 
     /// Takes in what has changed on the host's side. Nobody new is let in unless the guest `listens`.
     pub fn look(&mut self, cid: u64, listens: bool) {
-        let Some(watch) = self.watch.clone() else { return };
-        let mut changed = Vec::new();
-        watch.changes(|change| {
-            if change.number == LISTENER {
-                self.knocked = true;
-            } else if let Some(connection) = self.by_number.get_mut(&change.number) {
-                connection.woken(change.readable, change.writable, change.hung_up);
-                changed.push(change.number);
-            }
-        });
-        for number in changed {
-            self.advance(number, cid);
-        }
-        if listens {
-            self.accept(cid);
+        (self.cid, self.listens) = (cid, listens);
+        for number in std::mem::take(&mut self.changed) {
+            self.advance(number);
         }
     }
 
-    fn accept(&mut self, cid: u64) {
-        for _ in 0..ACCEPTS {
-            if !self.knocked || self.by_number.len() >= MOST {
+    /// Something that was asked for is done.
+    pub fn done(&mut self, done: Done) {
+        let number = match done {
+            Done::Accepted(_, result) => {
+                self.accepting = false;
+                match result {
+                    Ok(socket) => self.at_door = Some(socket),
+                    // Above all EMFILE: later.
+                    Err(_) => self.accept_at_ns = Some(now_ns() + KNOCK_NS),
+                }
                 return;
             }
-            let Some(listener) = &self.listener else { return };
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            match rustix::net::accept_with(listener, flags) {
-                Ok(socket) => {
-                    let port = self.free_port();
-                    let mut new = Connection::new(socket, Stage::Greeting, (cid, 0), port);
-                    new.deadline_ns = Some(now_ns() + PATIENCE_NS);
-                    if let Some(number) = self.add(new) {
-                        self.advance(number, cid);
-                    }
-                }
-                Err(Errno::AGAIN) => self.knocked = false,
-                // Above all EMFILE: later.
-                Err(_) => return,
+            Done::Received(number, result, buffer) => {
+                let connection = self.by_number.get_mut(&number);
+                connection.map(|connection| connection.received(result, buffer)).map(|()| number)
             }
+            Done::Sent(number, result, buffer) => {
+                let connection = self.by_number.get_mut(&number);
+                connection.map(|connection| connection.sent(result, buffer)).map(|()| number)
+            }
+            Done::HungUp(number) => {
+                let connection = self.by_number.get_mut(&number);
+                connection.map(Connection::hung_up).map(|()| number)
+            }
+            Done::Rang(_) => None,
+        };
+        self.changed.extend(number);
+    }
+
+    /// What is to be done with the host.
+    pub fn asks(&mut self, asks: &mut Vec<Ask>) {
+        if self.listens
+            && self.by_number.len() < MOST
+            && let Some(socket) = self.at_door.take()
+        {
+            let mut new = Connection::new(socket, Stage::Greeting, (self.cid, 0), self.free_port());
+            new.deadline_ns = Some(now_ns() + PATIENCE_NS);
+            self.add(new);
+        }
+        for (number, connection) in &mut self.by_number {
+            connection.asks(*number, asks);
+        }
+        let room = self.listens && self.at_door.is_none() && self.by_number.len() < MOST;
+        let now = self.accept_at_ns.is_none_or(|at| at <= now_ns());
+        if let (true, true, false, Some(listener)) = (room, now, self.accepting, &self.listener) {
+            asks.push(Ask::Accept { number: LISTENER, socket: listener.clone() });
+            self.accepting = true;
+            self.accept_at_ns = None;
         }
     }
 
@@ -173,34 +197,30 @@ impl Connections {
         }
     }
 
-    fn add(&mut self, connection: Connection) -> Option<u64> {
-        let number = self.last_number + 1;
-        // Without being watched it would stand still.
-        self.watch.as_ref()?.add(connection.socket(), number).ok()?;
-        self.last_number = number;
-        self.by_number.insert(number, connection);
-        Some(number)
+    fn add(&mut self, connection: Connection) -> u64 {
+        self.last_number += 1;
+        self.by_number.insert(self.last_number, connection);
+        self.last_number
     }
 
     /// A connection may have come further.
-    fn advance(&mut self, number: u64, cid: u64) {
+    fn advance(&mut self, number: u64) {
         let Some(connection) = self.by_number.get_mut(&number) else { return };
         if connection.stage == Stage::Greeting {
             match connection.greeting() {
-                Ok(None) => return,
-                Ok(Some(port)) => {
+                Greeting::Waiting => return,
+                Greeting::Port(port) => {
                     connection.stage = Stage::Asked(true);
-                    connection.guest = (cid, port);
+                    connection.guest = (self.cid, port);
                     let ports = (port, connection.host_port);
                     self.by_ports.insert(ports, number);
                 }
-                Err(_) => {
+                Greeting::Nonsense => {
                     self.remove(number);
                     return;
                 }
             }
         }
-        connection.flush();
         if connection.is_over() {
             self.end(number);
         } else {
@@ -301,7 +321,7 @@ impl Connections {
         if let Some(line) = line {
             new.say(&line);
         }
-        let Some(number) = self.add(new) else { return false };
+        let number = self.add(new);
         self.by_ports.insert((header.src_port, header.dst_port), number);
         self.list(number);
         true
@@ -346,9 +366,7 @@ impl Connections {
         for number in late {
             self.end(number);
         }
-        // Somebody could not be let in.
-        let knocks = self.knocked.then_some(now + KNOCK_NS);
         let deadlines = self.by_number.values().filter_map(|connection| connection.deadline_ns);
-        deadlines.chain(knocks).min()
+        deadlines.chain(self.accept_at_ns.filter(|at| *at > now)).min()
     }
 }

@@ -1,10 +1,8 @@
-//! The host's side: where its sockets lie, and what is awaited of them.
+//! The host's side: where its sockets lie.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use uuid::Uuid;
@@ -78,7 +76,8 @@ impl Address {
             let path = path.display().to_string();
             move |errno| DeviceError::Listen { path, source: SysError::new(call)(errno) }
         };
-        let socket = socket().map_err(fail("socket"))?;
+        // The ring waits for one that blocks alone.
+        let socket = socket(SocketFlags::empty()).map_err(fail("socket"))?;
         let address = SocketAddrUnix::new(&path).map_err(fail("bind"))?;
         rustix::net::bind(&socket, &address).map_err(fail("bind"))?;
         rustix::net::listen(&socket, BACKLOG).map_err(fail("listen"))?;
@@ -86,80 +85,15 @@ impl Address {
     }
 }
 
-fn socket() -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+fn socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | flags;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
 fn connect(path: &Path) -> Result<OwnedFd, Errno> {
-    let socket = socket()?;
-    // It succeeds at once or not at all; EAGAIN: whoever listens does not accept.
+    let socket = socket(SocketFlags::NONBLOCK)?;
+    // It succeeds at once or not at all, so it is no work for the ring; EAGAIN: whoever listens does
+    // not accept.
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
-}
-
-/// What has changed about a socket.
-#[derive(Clone, Copy, Debug)]
-pub struct Change {
-    /// The number that it was added with.
-    pub number: u64,
-    /// There may be something to read.
-    pub readable: bool,
-    /// There may be room to write.
-    pub writable: bool,
-    /// The other side is gone.
-    pub hung_up: bool,
-}
-
-/// Awaits changes of many sockets; it is readable itself while there are any that were not taken.
-#[derive(Clone, Debug)]
-pub struct Watch(Arc<OwnedFd>);
-
-impl Watch {
-    /// One that watches nothing.
-    ///
-    /// # Errors
-    ///
-    /// `EMFILE`.
-    pub fn new() -> Result<Self, SysError> {
-        let fd =
-            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create1"))?;
-        Ok(Self(Arc::new(fd)))
-    }
-
-    /// Its descriptor.
-    #[must_use]
-    pub fn fd(&self) -> Arc<OwnedFd> {
-        self.0.clone()
-    }
-
-    /// Watches `socket` until that is closed. Each change is told once.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM`.
-    pub fn add(&self, socket: impl AsFd, number: u64) -> Result<(), Errno> {
-        use epoll::EventFlags;
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        epoll::add(&self.0, socket, epoll::EventData::new_u64(number), flags)
-    }
-
-    /// Changes since the last time, as many as fit.
-    pub fn changes(&self, mut f: impl FnMut(Change)) {
-        use epoll::EventFlags;
-        let mut events =
-            [epoll::Event { flags: EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 64];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let count = epoll::wait(&self.0, events.as_mut_slice(), Some(&now)).unwrap_or(0);
-        for event in events.iter().take(count) {
-            let flags = event.flags;
-            let ended = flags.intersects(EventFlags::HUP | EventFlags::ERR);
-            f(Change {
-                number: event.data.u64(),
-                readable: ended || flags.intersects(EventFlags::IN | EventFlags::RDHUP),
-                writable: ended || flags.contains(EventFlags::OUT),
-                hung_up: flags.contains(EventFlags::HUP),
-            });
-        }
-    }
 }

@@ -17,9 +17,7 @@ mod packet;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
@@ -31,7 +29,7 @@ use self::connections::Connections;
 use self::host::Address;
 use self::packet::{HEADER, Header};
 use super::mmio::Description;
-use super::{Broken, Chain, Device, DeviceError, Work};
+use super::{Ask, Broken, Chain, Device, DeviceError, Done, Work};
 use crate::memory::GuestRam;
 use crate::sys::now_ns;
 
@@ -203,9 +201,17 @@ impl Device for Vsock {
         self.birth = Birth::Known;
     }
 
-    fn open(&mut self) -> Result<Option<Arc<OwnedFd>>, DeviceError> {
+    fn open(&mut self) -> Result<(), DeviceError> {
         self.packet = vec![0; LONGEST];
-        Ok(Some(self.connections.open()?.fd()))
+        self.connections.open()
+    }
+
+    fn asks(&mut self, asks: &mut Vec<Ask>) {
+        self.connections.asks(asks);
+    }
+
+    fn done(&mut self, done: Done) {
+        self.connections.done(done);
     }
 
     fn close(&mut self) {
