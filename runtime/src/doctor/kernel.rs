@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::process::{Resource, getrlimit};
 
 use super::Check;
+use crate::device::virtio::Ring;
 use crate::memory::{BackingKind, Image};
 use crate::sys::{self, SysError, chain};
 
@@ -18,6 +19,7 @@ const GOVERNOR: &str = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor";
 pub(super) fn examine(checks: &mut Vec<Check>) {
     checks.push(sealing());
     checks.push(userfaultfd());
+    checks.push(io_uring());
     checks.push(realtime());
     checks.push(processors());
     checks.push(descriptors());
@@ -51,6 +53,20 @@ fn userfaultfd() -> Check {
             name,
             format!("{}; dirty pages cost twice as much", chain(&SysError::last("userfaultfd"))),
             "boot a kernel with CONFIG_USERFAULTFD, or let the container use the call",
+        ),
+    }
+}
+
+/// As the devices of a Linux guest use it; bare guests do without.
+fn io_uring() -> Check {
+    let name = "io_uring";
+    match Ring::new() {
+        Ok(_) => Check::ok(name, "works"),
+        Err(error) => Check::warn(
+            name,
+            format!("{}; Linux guests do not start", chain(&error)),
+            "set the sysctl kernel.io_uring_disabled to 0, let the container make the call, or boot \
+             Linux 5.13 or later",
         ),
     }
 }

@@ -124,7 +124,11 @@ fn prepare_with(
         dirty: config.dirty,
         ring_entries: config.ring_entries,
     };
-    let (machine, mut vcpus, log) = Machine::new(&host, made, &mapping, true).map_err(failed)?;
+    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))
+        .map_err(|error| failed(error.into_sys()))?;
+    let bells = devices.iter().flat_map(Bus::bells);
+    let (machine, mut vcpus, log) =
+        Machine::with_bells(&host, made, &mapping, true, bells).map_err(failed)?;
     machine.restore_clocks(&vcpus, &base.vm).map_err(failed)?;
     machine.restore_irqchips(&base.vm).map_err(failed)?;
     link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
@@ -142,8 +146,6 @@ fn prepare_with(
         applier.touch(&mapping, generation::PAGE_NUMBER);
     }
     let rehearsing = config.rehearse;
-    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))
-        .map_err(|error| failed(error.into_sys()))?;
     let instance = Instance::assemble(Birth {
         kicks: vcpus.iter_mut().map(Vcpu::kick).collect(),
         config,

@@ -100,15 +100,17 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
         dirty: config.dirty,
         ring_entries: config.ring_entries,
     };
-    let (machine, mut vcpus, log) = Machine::new(&host, machine_config, &mapping, false)?;
+    let identity = Identity::new().map_err(|_| SysError::last("getrandom"))?;
+    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))?;
+    let bells = devices.iter().flat_map(Bus::bells);
+    let (machine, mut vcpus, log) =
+        Machine::with_bells(&host, machine_config, &mapping, false, bells)?;
     let mut base = Base { vm: VmState::default(), vcpus: vec![VcpuState::default(); vcpus.len()] };
     sys::install_kick_handler()?;
-    let identity = Identity::new().map_err(|_| SysError::last("getrandom"))?;
     let kicks = vcpus.iter_mut().map(Vcpu::kick).collect();
     if let Some(boot) = vcpus.first() {
         machine.save(boot, &mut base.vm)?;
     }
-    let devices = Bus::of_machine(&config, Uuid::from_bytes(identity.uuid))?;
     let instance = Instance::assemble(Birth {
         config,
         identity,

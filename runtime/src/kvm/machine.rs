@@ -9,7 +9,8 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::calls::timed;
 use super::statistics::Statistics;
@@ -85,6 +86,22 @@ impl Machine {
         mapping: &Mapping,
         track: bool,
     ) -> Result<(Self, Vec<Vcpu>, DirtyLog), KvmError> {
+        Self::with_bells(host, config, mapping, track, std::iter::empty())
+    }
+
+    /// The same, where a write of the guest to some addresses writes an eventfd, and is no exit. Each
+    /// is waited for like a memslot.
+    ///
+    /// # Errors
+    ///
+    /// The call that failed.
+    pub fn with_bells<'a>(
+        host: &Host,
+        config: MachineConfig,
+        mapping: &Mapping,
+        track: bool,
+        bells: impl Iterator<Item = (u64, &'a EventFd)>,
+    ) -> Result<(Self, Vec<Vcpu>, DirtyLog), KvmError> {
         let vm = host.kvm.create_vm().map_err(KvmError::ioctl("KVM_CREATE_VM"))?;
         timed(|| vm.set_tss_address(TSS_ADDRESS)).map_err(KvmError::ioctl("KVM_SET_TSS_ADDR"))?;
         let ring = config.dirty == DirtyMode::Ring && host.has_dirty_ring();
@@ -108,6 +125,11 @@ impl Machine {
         }
         let mut machine = Self { vm, config, statistics: Vec::new() };
         machine.set_memslots(mapping, track)?;
+        for (address, bell) in bells {
+            let address = IoEventAddress::Mmio(address);
+            timed(|| machine.vm.register_ioevent(bell, &address, NoDatamatch))
+                .map_err(KvmError::ioctl("KVM_IOEVENTFD"))?;
+        }
         timed(|| machine.vm.create_irq_chip()).map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP"))?;
         let mut vcpus = Vec::with_capacity(config.vcpus as usize);
         for index in 0..config.vcpus {

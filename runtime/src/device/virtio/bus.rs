@@ -1,12 +1,11 @@
 //! The devices of a machine: where they lie in guest memory, their locks, and their thread.
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, eventfd};
 use uuid::Uuid;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     Ask, Console, Device, DeviceError, Done, Outside, Registers, Ring, Rng, Transport, Typed,
@@ -60,7 +59,7 @@ pub struct Saved {
 pub struct Bus {
     slots: Vec<Slot>,
     /// Written when a device was kicked.
-    bell: Arc<OwnedFd>,
+    bell: Arc<EventFd>,
     /// Until the devices' thread takes it. Made with the machine: a child's is there before it lives.
     ring: Mutex<Option<Ring>>,
     /// What was typed on its console, if it has one.
@@ -77,8 +76,9 @@ struct Slot {
     kicked: AtomicBool,
     /// The parent's interrupt is to be repeated.
     repeats: AtomicBool,
-    /// See [`Device::is_prompt`].
-    prompt: bool,
+    /// Written by KVM when the guest notifies it. `None`: the vCPU does its work, see
+    /// [`Device::is_prompt`].
+    bell: Option<Arc<EventFd>>,
     inner: Mutex<Inner>,
 }
 
@@ -122,30 +122,41 @@ impl Bus {
         2 * usize::from(config.is_linux()) + usize::from(config.has_vsock())
     }
 
+    /// Where the guest writes to notify a device, and what KVM is to do then instead of leaving it.
+    pub fn bells(&self) -> impl Iterator<Item = (u64, &EventFd)> {
+        let at = |slot: &Slot| u64::from(slot.window.start + VIRTIO_MMIO_QUEUE_NOTIFY);
+        self.slots.iter().filter_map(move |slot| Some((at(slot), &**slot.bell.as_ref()?)))
+    }
+
     /// How many devices there are.
     #[must_use]
     pub fn devices(&self) -> usize {
         self.slots.len()
     }
 
-    pub(super) fn of(devices: impl Iterator<Item = Box<dyn Device>>) -> Result<Self, SysError> {
+    pub(super) fn of(
+        devices: impl Iterator<Item = Box<dyn Device>>,
+    ) -> Result<Self, DeviceError> {
+        // The ring waits for one that blocks alone.
+        let bell = || -> Result<_, SysError> {
+            let bell = EventFd::new(libc::EFD_CLOEXEC);
+            Ok(Arc::new(bell.map_err(|source| SysError { call: "eventfd", source })?))
+        };
         let slot = |(device, window): (Box<dyn Device>, Window)| {
             let invalid = std::io::ErrorKind::InvalidInput;
             let transport = Transport::new(device.describe())
                 .map_err(|_| SysError { call: "making a device", source: invalid.into() })?;
             Ok(Slot {
                 window,
-                prompt: device.is_prompt(),
+                bell: if device.is_prompt() { None } else { Some(bell()?) },
                 kicked: AtomicBool::new(false),
                 repeats: AtomicBool::new(false),
                 inner: Mutex::new(Inner { transport, device }),
             })
         };
         let slots = devices.zip(windows(SLOTS)).map(slot).collect::<Result<_, SysError>>()?;
-        // The ring waits for one that blocks alone.
-        let bell = eventfd(0, EventfdFlags::CLOEXEC).map_err(SysError::new("eventfd"))?;
-        let (bell, ring) = (Arc::new(bell), Mutex::new(Some(Ring::new()?)));
-        Ok(Self { slots, bell, ring, typed: None, turn: Mutex::new(()) })
+        let ring = Mutex::new(Some(Ring::new().map_err(DeviceError::Ring)?));
+        Ok(Self { slots, bell: bell()?, ring, typed: None, turn: Mutex::new(()) })
     }
 
     /// The guest reads at `address`, where the machine has no memory.
@@ -161,7 +172,7 @@ impl Bus {
         let Some((slot, offset)) = self.find(address) else { return };
         // The one register that is written all the time does not wait for the device.
         if offset == u64::from(VIRTIO_MMIO_QUEUE_NOTIFY) {
-            if slot.prompt {
+            if slot.bell.is_none() {
                 self.work_promptly(slot, ram, outside);
             } else {
                 self.kick(slot);
@@ -208,7 +219,7 @@ impl Bus {
 
     fn ring(&self) {
         // It neither fails nor blocks before it was written 2^64 times and not read.
-        rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).unwrap_or(0);
+        self.bell.write(1).unwrap_or(());
     }
 
     /// Waits until all devices are at rest. The vCPUs have stopped: none of them is waiting for a
@@ -250,8 +261,10 @@ impl Bus {
         let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
         // There is one such thread.
         let Some(mut ring) = ring else { return };
-        let own = self.slots.len();
-        let mut rang = true;
+        // Those of the devices, and the one that the rest of the process rings.
+        let bells: Vec<_> = self.slots.iter().map(|slot| slot.bell.clone()).collect();
+        let bells: Vec<_> = bells.into_iter().chain([Some(self.bell.clone())]).collect();
+        let mut rang: Vec<_> = (0..bells.len()).collect();
         let mut asks = Vec::new();
         let mut alarms = vec![None; self.slots.len()];
         while !over() {
@@ -268,15 +281,20 @@ impl Bus {
             }
             let again = self.slots.iter().any(|slot| slot.kicked.load(Ordering::SeqCst));
             let next = if again { Some(0) } else { alarms.iter().flatten().min().copied() };
-            if std::mem::take(&mut rang) {
-                ring.ask(own, Ask::Ring { number: 0, bell: self.bell.clone() });
+            for index in rang.drain(..) {
+                if let Some(Some(bell)) = bells.get(index) {
+                    ring.ask(index, Ask::Ring { bell: bell.clone() });
+                }
             }
-            ring.turn(next, |index, done| match self.slots.get(index) {
-                Some(slot) => {
-                    self.take_turn(slot).device.done(done);
+            ring.turn(next, |index, done| {
+                if let Some(slot) = self.slots.get(index) {
                     slot.kicked.store(true, Ordering::SeqCst);
                 }
-                None => rang |= matches!(done, Done::Rang(_)),
+                match (self.slots.get(index), done) {
+                    (_, Done::Rang) => rang.push(index),
+                    (Some(slot), done) => self.take_turn(slot).device.done(done),
+                    (None, _) => {}
+                }
             });
         }
     }

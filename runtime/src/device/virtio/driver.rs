@@ -247,9 +247,11 @@ impl Rig {
         assert!(errors.is_empty(), "{errors:?}");
         let (bus, ram) = (self.bus.clone(), self.ram.clone());
         let (outside, over) = (self.outside(), self.over.clone());
-        self.thread = Some(std::thread::spawn(move || {
+        let thread = std::thread::Builder::new().name("devices".into());
+        let run = move || {
             bus.run(&ram, &outside, || over.load(Ordering::SeqCst));
-        }));
+        };
+        self.thread = Some(thread.spawn(run).expect("a thread"));
     }
 
     pub fn outside(&self) -> Heard {

@@ -3,7 +3,7 @@
 //! ```text
 //!   vCPU thread                       devices' thread
 //!     exit: MMIO --> Transport          sleeps in the ring: bell, sockets, alarms
-//!     QueueNotify --> kick + bell -->   Device::work: queues <-> host
+//!     QueueNotify --> bell (no exit) -> Device::work: queues <-> host
 //!                  <-- interrupt -----
 //! ```
 //!
@@ -66,6 +66,12 @@ pub enum DeviceError {
         /// Why.
         source: SysError,
     },
+    /// This kernel has no `io_uring`, or none for us.
+    #[error(
+        "the devices of Linux guests need io_uring; set the sysctl kernel.io_uring_disabled to 0, let \
+         the container make the call, or boot Linux 5.13 or later"
+    )]
+    Ring(#[source] SysError),
     /// A system call failed.
     #[error(transparent)]
     Sys(#[from] SysError),
@@ -77,7 +83,7 @@ impl DeviceError {
     pub fn into_sys(self) -> SysError {
         match self {
             Self::Path { .. } => SysError::new("bind")(rustix::io::Errno::NAMETOOLONG),
-            Self::Listen { source, .. } | Self::Sys(source) => source,
+            Self::Listen { source, .. } | Self::Ring(source) | Self::Sys(source) => source,
         }
     }
 }

@@ -29,6 +29,7 @@ use io_uring::squeue::Entry;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 use rustix::io::Errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::sys::{SysError, now_ns};
 
@@ -76,10 +77,8 @@ pub enum Ask {
     },
     /// Tell when an eventfd was written; it is read.
     Ring {
-        /// See there.
-        number: u64,
         /// The eventfd.
-        bell: Arc<OwnedFd>,
+        bell: Arc<EventFd>,
     },
 }
 
@@ -95,7 +94,7 @@ pub enum Done {
     /// The other side is gone.
     HungUp(u64),
     /// The eventfd was written.
-    Rang(u64),
+    Rang,
 }
 
 /// One operation under way, with all that the kernel needs of it.
@@ -126,13 +125,13 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// `ENOSYS`, `EPERM`: this kernel, or who runs it, allows none; `EMFILE`.
+    /// `ENOSYS`, `EPERM`: this kernel has none, or allows none; `EMFILE`.
     pub fn new() -> Result<Self, SysError> {
         let fail = |source| SysError { call: "io_uring_setup", source };
         let ring = IoUring::builder().build(ENTRIES).map_err(fail)?;
-        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
-            let text = "this kernel's io_uring is too old; Linux 5.13 is needed";
-            return Err(fail(std::io::Error::new(std::io::ErrorKind::Unsupported, text)));
+        // With this came polls that go on.
+        if !ring.params().is_feature_resource_tagging() {
+            return Err(fail(Errno::NOSYS.into()));
         }
         Ok(Self { ring, flights: Vec::new(), free: Vec::new() })
     }
@@ -222,7 +221,7 @@ impl Ring {
             // Told before, if it was removed.
             Ask::HangUp { number, .. } if is_hang_up(result) => Done::HungUp(number),
             Ask::HangUp { .. } => return None,
-            Ask::Ring { number, .. } => Done::Rang(number),
+            Ask::Ring { .. } => Done::Rang,
         };
         Some((slot, done))
     }

@@ -158,7 +158,7 @@ impl Connections {
                 let connection = self.by_number.get_mut(&number);
                 connection.map(Connection::hung_up).map(|()| number)
             }
-            Done::Rang(_) => None,
+            Done::Rang => None,
         };
         self.changed.extend(number);
     }
