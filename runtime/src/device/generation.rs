@@ -22,7 +22,7 @@ pub const BYTES: usize = 16;
 /// Where it lies: on a page of its own, among what the guest is told to be reserved.
 pub const ADDRESS: u32 = 0xf_e000;
 /// The page of guest memory that it lies in. Low memory begins with the image.
-pub const PAGE_NUMBER: u32 = ADDRESS / PAGE as u32;
+pub const PAGE_NUMBER: u32 = ADDRESS >> PAGE.trailing_zeros();
 /// The interrupt of the generic event device, an edge: the last line of the I/O APIC, far from those
 /// of other devices.
 pub const EVENT_GSI: u32 = 23;

@@ -134,9 +134,7 @@ impl Bus {
         self.slots.len()
     }
 
-    pub(super) fn of(
-        devices: impl Iterator<Item = Box<dyn Device>>,
-    ) -> Result<Self, DeviceError> {
+    pub(super) fn of(devices: impl Iterator<Item = Box<dyn Device>>) -> Result<Self, DeviceError> {
         // The ring waits for one that blocks alone.
         let bell = || -> Result<_, SysError> {
             let bell = EventFd::new(libc::EFD_CLOEXEC);

@@ -1,4 +1,4 @@
-//! The io_uring of an instance: all that its devices do with the host.
+//! The `io_uring` of an instance: all that its devices do with the host.
 //!
 //! ```text
 //!   device, with its slot's lock          devices' thread, without any
@@ -109,7 +109,7 @@ struct Flight {
 
 /// See the module.
 pub struct Ring {
-    ring: IoUring,
+    uring: IoUring,
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
 }
@@ -128,12 +128,12 @@ impl Ring {
     /// `ENOSYS`, `EPERM`: this kernel has none, or allows none; `EMFILE`.
     pub fn new() -> Result<Self, SysError> {
         let fail = |source| SysError { call: "io_uring_setup", source };
-        let ring = IoUring::builder().build(ENTRIES).map_err(fail)?;
+        let uring = IoUring::builder().build(ENTRIES).map_err(fail)?;
         // With this came polls that go on.
-        if !ring.params().is_feature_resource_tagging() {
+        if !uring.params().is_feature_resource_tagging() {
             return Err(fail(Errno::NOSYS.into()));
         }
-        Ok(Self { ring, flights: Vec::new(), free: Vec::new() })
+        Ok(Self { uring, flights: Vec::new(), free: Vec::new() })
     }
 
     /// Has something done for device `slot`.
@@ -153,19 +153,19 @@ impl Ring {
             // SAFETY: the entry's descriptor, buffer and counter belong to its flight, which is
             // dropped when the operation's last completion was seen, or never (see `drop`): until then
             // the buffer is neither moved nor freed nor looked at.
-            let pushed = unsafe { self.ring.submission().push(entry) };
+            let pushed = unsafe { self.uring.submission().push(entry) };
             if pushed.is_ok() {
                 return;
             }
             // There is room when the kernel has taken what is there. EINTR, EBUSY: once more.
-            self.ring.submit().unwrap_or(0);
+            self.uring.submit().unwrap_or(0);
         }
     }
 
     /// Hands over what was asked for and waits until something is done, the time has come, or not at
     /// all; then tells what is done, and for which device.
     pub fn turn(&mut self, until_ns: Option<u64>, mut done: impl FnMut(usize, Done)) {
-        let waits = until_ns != Some(0) && self.ring.completion().is_empty();
+        let waits = until_ns != Some(0) && self.uring.completion().is_empty();
         let result = if waits {
             let left = until_ns.map(|at| at.saturating_sub(now_ns()));
             let time = left.map(|left| {
@@ -174,15 +174,15 @@ impl Ring {
             });
             let args = SubmitArgs::new();
             let args = time.as_ref().map_or(args, |time| args.timespec(time));
-            self.ring.submitter().submit_with_args(1, &args)
-        } else if self.ring.submission().is_empty() {
+            self.uring.submitter().submit_with_args(1, &args)
+        } else if self.uring.submission().is_empty() {
             Ok(0)
         } else {
-            self.ring.submit()
+            self.uring.submit()
         };
         // ETIME, EINTR, EBUSY: what is done is told, and all else is tried again the next time.
         result.unwrap_or(0);
-        let completions: Vec<_> = self.ring.completion().collect();
+        let completions: Vec<_> = self.uring.completion().collect();
         for completion in completions {
             if let Some((slot, what)) = self.complete(&completion) {
                 done(slot, what);
