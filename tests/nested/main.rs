@@ -59,7 +59,7 @@ fn main() {
         let body = move || match missing {
             // Asked for all the same.
             Some(missing) => Err(Failed::from(missing)),
-            None => result(results.get_or_init(|| outside(&wanted)), name),
+            None => result(results.get_or_init(|| outside(&all)), name),
         };
         Trial::test(format!("nested::{name}"), body).with_ignored_flag(ignored)
     });
