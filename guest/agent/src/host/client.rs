@@ -183,13 +183,12 @@ impl Client {
         match (open, answer) {
             (Some((_, Open::Child(then))), Answer::Child { info, .. }) => then(Ok(*info)),
             (Some((_, Open::Wait(then))), Answer::Stopped { code, .. }) => then(Ok(*code)),
-            (Some((_, Open::Template)), Answer::Noted { .. }) => {}
+            (Some((_, Open::Template)), Answer::Noted { .. }) | (None, _) => {}
             (Some((_, open)), Answer::Unknown { .. }) => open.give_up(HostError::Unknown),
             (Some((_, open)), answer) => {
                 say(format_args!("the host answered another question than was asked: {answer:?}"));
                 open.give_up(HostError::Unknown);
             }
-            (None, _) => {}
         }
     }
 }
