@@ -187,7 +187,8 @@ impl Bus {
 
     /// Works on behalf of the devices' thread.
     fn work_promptly(&self, slot: &Slot, ram: &GuestRam, outside: &dyn Outside) {
-        if self.work(slot, ram, outside).more {
+        let work = self.work(slot, ram, outside);
+        if work.more || work.at_ns.is_some() {
             self.kick(slot);
         }
     }

@@ -9,6 +9,10 @@
 //! driver spins with a lock held until its buffer is used, so the vCPU that notifies does the work
 //! itself ([`Device::is_prompt`]): when it enters the guest again there is nothing to wait for.
 //!
+//! Linux throws away what comes before it has a terminal for it (`in_intr` of virtio_console, until
+//! `guest_connected`), and tells nobody when it has. So what was typed waits until the guest has written
+//! something, or for a second.
+//!
 //! At a fork, what the guest has written is said, by the parent; buffers that wait for input wait in
 //! both machines. What was typed and the guest has not taken stays with the parent: whoever typed it
 //! meant that one.
@@ -22,11 +26,14 @@ use virtio_queue::{Queue, QueueT};
 use super::mmio::Description;
 use super::{Broken, Chain, Device, Work};
 use crate::memory::GuestRam;
+use crate::sys::now_ns;
 
 /// Buffers that are used at once, in each direction.
 const BATCH: usize = 16;
 /// Bytes that are taken from one buffer: drivers give a page.
 const MOST: usize = 64 * 1024;
+/// How long a driver may take from its first notification until it has a terminal.
+const SETTLE_NS: u64 = 1_000_000_000;
 /// Bytes that may wait for the guest to read them.
 const TYPED: usize = 16 * 1024;
 
@@ -62,13 +69,17 @@ impl Typed {
 pub struct Console {
     chain: Chain,
     typed: Typed,
+    /// When the guest has a terminal for what was typed, if it has not shown that before.
+    settled_ns: Option<u64>,
+    /// The guest has written something.
+    heard: bool,
 }
 
 impl Console {
     /// A console on which `typed` is typed.
     #[must_use]
     pub fn new(typed: Typed) -> Self {
-        Self { chain: Chain::default(), typed }
+        Self { typed, ..Self::default() }
     }
 
     /// Takes what the guest has written.
@@ -93,6 +104,7 @@ impl Console {
             count += 1;
         }
         if count > 0 {
+            self.heard = true;
             work.interrupt |= queue.needs_notification(ram)?;
         }
         Ok(())
@@ -100,6 +112,12 @@ impl Console {
 
     /// Gives the guest what was typed.
     fn speak(&mut self, queue: &mut Queue, ram: &GuestRam, work: &mut Work) -> Result<(), Broken> {
+        let now = now_ns();
+        let settled = *self.settled_ns.get_or_insert(now + SETTLE_NS);
+        if !self.heard && now < settled {
+            work.at_ns = (!self.typed.is_empty()).then_some(settled);
+            return Ok(());
+        }
         let mut count = 0;
         while !self.typed.is_empty() {
             if count == BATCH {
@@ -138,7 +156,14 @@ impl Device for Console {
         true
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        (self.settled_ns, self.heard) = (None, false);
+    }
+
+    fn reborn(&mut self) {
+        // The parent's guest had one.
+        self.heard = true;
+    }
 
     fn work(&mut self, queues: &mut [Queue], ram: &GuestRam) -> Result<Work, Broken> {
         let [input, output] = queues else { return Ok(Work::default()) };
@@ -185,8 +210,10 @@ mod tests {
     fn what_is_typed_waits_for_a_buffer_and_stays_with_the_parent() {
         let typed = Typed::default();
         let rig = Rig::new(Console::new(typed.clone()), Arc::new(ram()));
-        let (mut input, output) = queues();
+        let (mut input, mut output) = queues();
         rig.start(FEATURES, &[&input, &output]);
+        output.add(&rig.ram, Some(b"login: ")).expect("free");
+        rig.kick(1);
         let text = [b'x'; 100];
         assert_eq!(typed.add(&text), 100);
         assert_eq!(typed.add(&[0; TYPED]), TYPED - 100, "no more than there is room for");
@@ -211,6 +238,23 @@ mod tests {
         drop(output);
     }
 
+    #[test]
+    fn what_is_typed_before_there_is_a_terminal_waits() {
+        let typed = Typed::default();
+        let mut rig = Rig::new(Console::new(typed.clone()), Arc::new(ram()));
+        assert_eq!(typed.add(b"early"), 5);
+        let (mut input, output) = queues();
+        let begin = now_ns();
+        rig.go();
+        rig.start(FEATURES, &[&input, &output]);
+        input.add(&rig.ram, None).expect("free");
+        rig.kick(0);
+        assert!(input.take(&rig.ram).is_none(), "a driver would throw it away");
+        // A guest that only listens.
+        until("input", || input.take(&rig.ram).is_some_and(|data| data == b"early"));
+        assert!(now_ns() - begin >= SETTLE_NS);
+    }
+
     proptest! {
         /// Whatever lies where descriptors and rings are, the device comes to an end.
         #[test]
@@ -221,8 +265,10 @@ mod tests {
             let typed = Typed::default();
             prop_assert_eq!(typed.add(b"something"), 9);
             let rig = Rig::new(Console::new(typed), Arc::new(ram()));
-            let (input, output) = queues();
+            let (input, mut output) = queues();
             rig.start(FEATURES, &[&input, &output]);
+            output.add(&rig.ram, Some(b"login: ")).expect("free");
+            rig.kick(1);
             rig.ram.write_slice(&bytes, GuestAddress(0x10_0000 + offset)).expect("in memory");
             rig.ram.write_slice(&bytes, GuestAddress(0x11_0000 + offset)).expect("in memory");
             rig.kick(0);
