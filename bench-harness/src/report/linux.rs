@@ -91,3 +91,59 @@ pub(super) fn slowest_part(summary: &ScenarioSummary) -> Option<String> {
     let (moment, _) = parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
     Some(format!("until {}", moment.replace('_', " ")))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+    use crate::report::{Met, Revision, summarize};
+    use crate::scenario::Catalogue;
+    use crate::session::{Outcome, ScenarioRun, Session};
+
+    fn boots() -> RunSummary {
+        let mut run = ScenarioRun { host: Some("nested".to_owned()), ..ScenarioRun::default() };
+        for us in [900.0, 1000.0, 1100.0] {
+            run.recorder.record_apart("boot_us", us);
+        }
+        run.baselines_us.insert("qemu_boot_us".to_owned(), vec![800.0]);
+        run.baselines_us.insert("qemu_boot_packed_us".to_owned(), vec![2000.0]);
+        for (index, moment) in (1..).map(f64::from).zip(MOMENTS) {
+            let slow = if index > 2.0 { 5.0 } else { 0.0 };
+            run.values.insert(format!("profile_ours_{moment}_host_ms"), index + slow);
+            run.values.insert(format!("profile_qemu_{moment}_host_ms"), index);
+        }
+        let scenario = Catalogue::standard().unwrap().get("linux-boot").unwrap().clone();
+        let session = Session {
+            command: String::new(),
+            host_kind: "direct".to_owned(),
+            started: UNIX_EPOCH,
+            seconds: 1.0,
+            load: [[0.0; 3]; 2],
+            outcomes: vec![(scenario, Outcome::Done(Box::new(run)))],
+            void: None,
+            ended: None,
+        };
+        summarize(&session, Revision { hash: "1a2b3c4".to_owned(), dirty: false })
+    }
+
+    #[test]
+    fn what_was_measured_stands_beside_what_it_is_compared_with() {
+        let run = boots();
+        let text = compared(&run);
+        let row = "| boot_us | 3 | 1,000 | 1,100 | 1,100 | qemu_boot_us | 1 | 800.0 | 1.25 |";
+        assert!(text.contains(row), "{text}");
+        assert!(!text.contains("guest_fork_us"), "{text}");
+        assert!(profile(&run).contains("| initramfs | 8 | – | 3 | – |"), "{}", profile(&run));
+    }
+
+    #[test]
+    fn a_boot_is_held_against_the_faster_one_and_the_slow_part_is_named() {
+        let run = boots();
+        let boot = run.figures.iter().find(|figure| figure.scenario == "linux-boot").unwrap();
+        assert_eq!((boot.met, boot.measured), (Met::Missed, Some(1.25)));
+        assert_eq!(boot.stage.as_deref(), Some("until initramfs"));
+        let hardware = run.figures.iter().filter(|figure| figure.scenario == "linux-fork");
+        assert!(hardware.clone().count() == 2 && hardware.clone().all(|it| it.measured.is_none()));
+    }
+}
