@@ -30,7 +30,7 @@ use told::{Listener, Told};
 use world::World;
 
 /// What the nested host may take for one scenario.
-const LIMIT: Duration = Duration::from_mins(15);
+const LIMIT: Duration = Duration::from_mins(20);
 /// Begins a message on the serial line.
 const MARK: &str = "@bench ";
 
