@@ -75,7 +75,7 @@ pub fn two() -> Result<Arc<Guest>> {
     })
 }
 
-/// The guest with Python and SQLite.
+/// The guest with Python and `SQLite`.
 pub fn python() -> Result<Arc<Guest>> {
     held(&PYTHON, || {
         let initrd = Path::new(FILES).join("python");
