@@ -9,7 +9,7 @@
 //! driver spins with a lock held until its buffer is used, so the vCPU that notifies does the work
 //! itself ([`Device::is_prompt`]): when it enters the guest again there is nothing to wait for.
 //!
-//! Linux throws away what comes before it has a terminal for it (`in_intr` of virtio_console, until
+//! Linux throws away what comes before it has a terminal for it (`in_intr` of `virtio_console`, until
 //! `guest_connected`), and tells nobody when it has. So what was typed waits until the guest has written
 //! something, or for a second.
 //!
