@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::tools::{Folder, holds, same, start};
+use super::tools::{Folder, Owner, holds, same, start};
 
 /// Says hello, forks `CHILDREN`, exits with 10; child n pauses, says so, and exits with 20 + n.
 const FORKS: &str = r#"
@@ -214,16 +214,15 @@ pub fn a_linux_guest_that_cannot_boot_is_refused() -> Result<(), Failed> {
 pub fn a_linux_guest_without_an_agent_is_forked_only_if_that_is_said() -> Result<(), Failed> {
     let folder = Folder::new()?;
     let elf = guest(&folder, SPINS, &STATIC)?;
-    let (mut run, root) = start(&folder, &["--kernel", &elf])?;
-    let root = root.to_string();
+    let (child, root) = start(&folder, &["--kernel", &elf])?;
+    // It ends with this value.
+    let owner = Owner { folder, child, root };
+    let (folder, root) = (&owner.folder, root.to_string());
     let refused = folder.done(&["branch", &root])?;
     same(&(refused.code, refused.err.lines().count()), &(70, 1), &refused)?;
     holds(refused.err.contains("no agent answers") && refused.err.contains("--unaware"), &refused)?;
     let made = folder.json(&["branch", &root, "--unaware", "--json"])?;
-    same(&made["children"].as_array().map(Vec::len), &Some(1), &made)?;
-    run.kill()?;
-    run.wait()?;
-    Ok(())
+    same(&made["children"].as_array().map(Vec::len), &Some(1), &made)
 }
 
 /// Sockets have short names.

@@ -257,45 +257,64 @@ impl Bus {
 
     /// The devices' thread: works until `over`.
     pub fn run(&self, ram: &GuestRam, outside: &dyn Outside, over: impl Fn() -> bool) {
-        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
         // There is one such thread.
-        let Some(mut ring) = ring else { return };
-        // Those of the devices, and the one that the rest of the process rings.
-        let bells: Vec<_> = self.slots.iter().map(|slot| slot.bell.clone()).collect();
-        let bells: Vec<_> = bells.into_iter().chain([Some(self.bell.clone())]).collect();
-        let mut rang: Vec<_> = (0..bells.len()).collect();
-        let mut asks = Vec::new();
-        let mut alarms = vec![None; self.slots.len()];
+        let Some(mut turns) = self.turns() else { return };
         while !over() {
-            let now = now_ns();
-            for (index, (slot, alarm)) in self.slots.iter().zip(&mut alarms).enumerate() {
-                let due = alarm.is_some_and(|at| at <= now);
-                if slot.kicked.swap(false, Ordering::SeqCst) || due {
-                    let work = self.work(slot, ram, outside);
-                    slot.kicked.fetch_or(work.more, Ordering::SeqCst);
-                    *alarm = work.at_ns;
-                    self.take_turn(slot).device.asks(&mut asks);
-                    asks.drain(..).for_each(|ask| ring.ask(index, ask));
-                }
-            }
-            let again = self.slots.iter().any(|slot| slot.kicked.load(Ordering::SeqCst));
-            let next = if again { Some(0) } else { alarms.iter().flatten().min().copied() };
-            for index in rang.drain(..) {
-                if let Some(Some(bell)) = bells.get(index) {
-                    ring.ask(index, Ask::Ring { bell: bell.clone() });
-                }
-            }
-            ring.turn(next, |index, done| {
-                if let Some(slot) = self.slots.get(index) {
-                    slot.kicked.store(true, Ordering::SeqCst);
-                }
-                match (self.slots.get(index), done) {
-                    (_, Done::Rang) => rang.push(index),
-                    (Some(slot), done) => self.take_turn(slot).device.done(done),
-                    (None, _) => {}
-                }
-            });
+            let next = self.let_work(&mut turns, ram, outside);
+            self.hear(&mut turns, next);
         }
+    }
+
+    /// What the devices' thread needs; `None` but for the first who asks.
+    pub(super) fn turns(&self) -> Option<Turns> {
+        let ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        // Those of the devices, and the one that the rest of the process rings.
+        let bells = self.slots.iter().map(|slot| slot.bell.clone());
+        let bells: Vec<_> = bells.chain([Some(self.bell.clone())]).collect();
+        let (rang, alarms) = ((0..bells.len()).collect(), vec![None; self.slots.len()]);
+        Some(Turns { ring, bells, rang, asks: Vec::new(), alarms })
+    }
+
+    /// Lets every device work that has something to do; returns when one of them has again, 0: now.
+    pub(super) fn let_work(
+        &self,
+        turns: &mut Turns,
+        ram: &GuestRam,
+        outside: &dyn Outside,
+    ) -> Option<u64> {
+        let now = now_ns();
+        for (index, (slot, alarm)) in self.slots.iter().zip(&mut turns.alarms).enumerate() {
+            let due = alarm.is_some_and(|at| at <= now);
+            if slot.kicked.swap(false, Ordering::SeqCst) || due {
+                let work = self.work(slot, ram, outside);
+                slot.kicked.fetch_or(work.more, Ordering::SeqCst);
+                *alarm = work.at_ns;
+                self.take_turn(slot).device.asks(&mut turns.asks);
+                turns.asks.drain(..).for_each(|ask| turns.ring.ask(index, ask));
+            }
+        }
+        let again = self.slots.iter().any(|slot| slot.kicked.load(Ordering::SeqCst));
+        if again { Some(0) } else { turns.alarms.iter().flatten().min().copied() }
+    }
+
+    /// Waits until the host has done something, or until `next`.
+    pub(super) fn hear(&self, turns: &mut Turns, next: Option<u64>) {
+        let Turns { ring, bells, rang, .. } = turns;
+        for index in rang.drain(..) {
+            if let Some(Some(bell)) = bells.get(index) {
+                ring.ask(index, Ask::Ring { bell: bell.clone() });
+            }
+        }
+        ring.turn(next, |index, done| {
+            if let Some(slot) = self.slots.get(index) {
+                slot.kicked.store(true, Ordering::SeqCst);
+            }
+            match (self.slots.get(index), done) {
+                (_, Done::Rang) => rang.push(index),
+                (Some(slot), done) => self.take_turn(slot).device.done(done),
+                (None, _) => {}
+            }
+        });
     }
 
     /// A slot's lock, after whoever wants all slots.
@@ -332,21 +351,22 @@ impl Bus {
         work
     }
 
-    /// One turn of the devices' thread: each device works, as if something had changed on the host's
-    /// side. Tells whether there is more to do.
-    #[cfg(feature = "fuzzing")]
-    pub(super) fn turn(&self, ram: &GuestRam) -> bool {
-        let more = self.slots.iter().map(|slot| {
-            slot.kicked.store(false, Ordering::SeqCst);
-            self.work(slot, ram, &|| ()).more
-        });
-        more.fold(false, |any, more| any | more)
-    }
-
     /// Wakes the devices' thread, for it to see that all is over.
     pub fn wake(&self) {
         self.ring();
     }
+}
+
+/// What the devices' thread goes on with.
+#[derive(Debug)]
+pub(super) struct Turns {
+    ring: Ring,
+    bells: Vec<Option<Arc<EventFd>>>,
+    /// Of them those that are to be waited for again.
+    rang: Vec<usize>,
+    asks: Vec<Ask>,
+    /// When each device has something to do by itself.
+    alarms: Vec<Option<u64>>,
 }
 
 impl Slot {

@@ -1,14 +1,17 @@
 //! A door for the fuzz targets: devices that work when they are told to, not in a thread.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
 use virtio_queue::{Queue, QueueState, QueueT};
 
+use super::bus::Turns;
 pub use super::chain::Chain;
-use super::{Bus, Device, DeviceError, Rng, Saved, Sources, Vsock, Window, windows};
+use super::{Bus, Console, Device, DeviceError, Outside, Rng, Saved, Vsock, Window, windows};
 use crate::memory::GuestRam;
+use crate::sys::SysError;
 
 /// Turns until everything that is there to do was done, unless a device never ends.
 const TURNS: usize = 64;
@@ -36,8 +39,17 @@ pub fn queue(size: u16, rings: [u64; 3], next: (u16, u16), event_idx: bool) -> O
 #[derive(Debug)]
 pub struct Board {
     bus: Bus,
-    _sources: Sources,
+    turns: RefCell<Turns>,
     ram: Arc<GuestRam>,
+}
+
+/// Nobody is interrupted, and nobody listens.
+struct Nobody;
+
+impl Outside for Nobody {
+    fn raise(&self, _gsi: u32) {}
+
+    fn say(&self, _bytes: &[u8]) {}
 }
 
 impl Board {
@@ -47,13 +59,14 @@ impl Board {
     ///
     /// What the host refuses.
     pub fn new(folder: &Path, uuid: Uuid, ram: Arc<GuestRam>) -> Result<Self, DeviceError> {
-        let devices: [Box<dyn Device>; 2] =
-            [Box::<Rng>::default(), Box::new(Vsock::new(folder, uuid)?)];
+        let devices: [Box<dyn Device>; 3] =
+            [Box::<Rng>::default(), Box::<Console>::default(), Box::new(Vsock::new(folder, uuid)?)];
         let bus = Bus::of(devices.into_iter())?;
-        let (sources, mut errors) = bus.open();
-        match errors.pop() {
-            Some(error) => Err(error),
-            None => Ok(Self { bus, _sources: sources, ram }),
+        let busy = || DeviceError::from(SysError::new("io_uring_setup")(rustix::io::Errno::BUSY));
+        match (bus.open().pop(), bus.turns()) {
+            (Some(error), _) => Err(error),
+            (None, None) => Err(busy()),
+            (None, Some(turns)) => Ok(Self { turns: RefCell::new(turns), bus, ram }),
         }
     }
 
@@ -70,12 +83,18 @@ impl Board {
 
     /// The guest writes.
     pub fn write(&self, address: u64, data: &[u8]) {
-        self.bus.write(address, data, &self.ram);
+        self.bus.write(address, data, &self.ram, &Nobody);
     }
 
     /// Lets the devices work until they have nothing to do. Tells whether they came to an end.
     pub fn work(&self) -> bool {
-        (0..TURNS).any(|_| !self.bus.turn(&self.ram))
+        let mut turns = self.turns.borrow_mut();
+        (0..TURNS).any(|_| {
+            let next = self.bus.let_work(&mut turns, &self.ram, &Nobody);
+            // Without waiting: what has come from the host by now.
+            self.bus.hear(&mut turns, Some(0));
+            next != Some(0)
+        })
     }
 
     /// What a fork takes over.
