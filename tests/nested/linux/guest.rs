@@ -49,6 +49,7 @@ type Slot = Mutex<Option<Result<Arc<Guest>, String>>>;
 
 static ONE: Slot = Mutex::new(None);
 static TWO: Slot = Mutex::new(None);
+static FROZEN: Slot = Mutex::new(None);
 static PYTHON: Slot = Mutex::new(None);
 
 fn lock(slot: &'static Slot) -> MutexGuard<'static, Option<Result<Arc<Guest>, String>>> {
@@ -67,12 +68,19 @@ pub fn one() -> Result<Arc<Guest>> {
 
 /// The guest with two vCPUs, where two threads run at the same time.
 pub fn two() -> Result<Arc<Guest>> {
-    held(&TWO, || {
-        // Not as a real-time thread: a vCPU that waits in the fork path would keep the other from
-        // the only processor.
-        let config = InstanceConfig { vcpus: 2, realtime: false, ..small() };
-        Guest::boot(config, &json!({ "fork_queue": 1, "retention_s": 3, "freeze": true }))
-    })
+    held(&TWO, || Guest::boot(twofold(), &json!({ "fork_queue": 1, "retention_s": 3 })))
+}
+
+/// The guest with two vCPUs whose programs stand still across forks: threads that ask at the same time
+/// elsewhere ask one after the other here.
+pub fn frozen() -> Result<Arc<Guest>> {
+    held(&FROZEN, || Guest::boot(twofold(), &json!({ "freeze": true })))
+}
+
+/// Not as a real-time thread: a vCPU that waits in the fork path would keep the other from the only
+/// processor.
+fn twofold() -> InstanceConfig {
+    InstanceConfig { vcpus: 2, realtime: false, ..small() }
 }
 
 /// The guest with Python and `SQLite`.
@@ -90,7 +98,8 @@ fn small() -> InstanceConfig {
 
 /// Ends all of them; returns their folders.
 pub fn end_all() -> Vec<PathBuf> {
-    let guests = [&ONE, &TWO, &PYTHON].into_iter().filter_map(|slot| lock(slot).take()?.ok());
+    let guests =
+        [&ONE, &TWO, &FROZEN, &PYTHON].into_iter().filter_map(|slot| lock(slot).take()?.ok());
     guests.map(|guest| guest.owner.folder().to_owned()).collect()
 }
 

@@ -1,10 +1,11 @@
 //! Linux guests: `/uk/libukp` as the specification has it, sentence by sentence, and what the host
 //! does with a guest.
 //!
-//! A boot takes long here, and so does a fork. So there are three guests, each booted by the first
-//! test that asks for it: `one` as a user has it, `two` with two vCPUs, frozen across forks, a short
-//! queue and a short retention, `python` with programs that nobody here wrote. Tests whose sentences are seen in the same fork share that fork: a *story* happens
-//! once, and each test looks at its part of what was told.
+//! A boot takes long here, and so does a fork. So there are few guests, each booted by the first test
+//! that asks for it: `one` as a user has it, `two` with two vCPUs, a short queue and a short
+//! retention, `frozen` across forks, `python` with programs that nobody here wrote. Tests whose
+//! sentences are seen in the same fork share that fork: a *story* happens once, and each test looks at
+//! its part of what was told.
 
 mod calls;
 mod children;

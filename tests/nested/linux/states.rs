@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use uuid::Uuid;
 
-use super::guest::{Guest, LONG, ZERO, all_told, one, told, two};
+use super::guest::{Guest, LONG, ZERO, all_told, frozen, one, told};
 use crate::Inside;
 
 pub fn cases() -> Vec<Inside> {
@@ -15,7 +15,7 @@ pub fn cases() -> Vec<Inside> {
         ("libukp::a_child_that_ends_in_its_own_time_is_draining", draining),
         ("libukp::a_write_to_template_instance_returns_in_each_clone", template),
         ("libukp::scale_to_zero_disable_is_counted", scale_to_zero),
-        ("identity::a_frozen_workload_runs_only_when_the_child_is_another", frozen),
+        ("identity::a_frozen_workload_runs_only_when_the_child_is_another", frozen_across),
     ]
 }
 
@@ -110,8 +110,8 @@ fn scale_to_zero() -> Result<()> {
 
 /// A program on another processor than the agent's looks again and again which machine it is in. In
 /// the child it stands still for as long as it takes to make that another one.
-fn frozen() -> Result<()> {
-    let guest = two()?;
+fn frozen_across() -> Result<()> {
+    let guest = frozen()?;
     let (line, lines) = channel();
     let ended = guest.start(guest.root, "exec ukp-check spin", line)?;
     let said = lines.recv_timeout(LONG).context("it does not begin")?;
