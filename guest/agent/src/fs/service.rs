@@ -77,6 +77,8 @@ pub struct Service {
     inner: Mutex<Inner>,
     /// A fork request waits.
     work: Condvar,
+    /// A fork is over.
+    settled: Condvar,
     /// There is something to look after.
     pub(super) tick: Condvar,
     host: Mutex<Option<Arc<dyn Host>>>,
@@ -106,6 +108,7 @@ impl Service {
         Arc::new_cyclic(|this| Self {
             inner: Mutex::new(inner),
             work: Condvar::new(),
+            settled: Condvar::new(),
             tick: Condvar::new(),
             host: Mutex::default(),
             this: this.clone(),
@@ -127,6 +130,17 @@ impl Service {
     pub fn identity(&self) -> (Uuid, u64) {
         let inner = self.lock();
         (inner.machine.own(), inner.machine.generation())
+    }
+
+    /// Waits until it is known which machine this is, if a fork is in progress: what is done before
+    /// could be done in a child that is not another machine yet. Forks that come meanwhile are not
+    /// waited for.
+    pub fn settle(&self) {
+        let mut inner = self.lock();
+        let fork = inner.machine.queue.in_progress();
+        while fork.is_some() && inner.machine.queue.in_progress() == fork && !inner.closed {
+            inner = wait(&self.settled, inner, None);
+        }
     }
 
     /// Counts and times.
@@ -151,6 +165,7 @@ impl Service {
         inner.asked.clear();
         inner.polls.clear();
         self.work.notify_all();
+        self.settled.notify_all();
         self.tick.notify_all();
     }
 
@@ -205,6 +220,7 @@ impl Service {
         // By the housekeeper: this thread has priority, and who forked wants to go on.
         inner.again.push((Duration::ZERO, Again::Wait(number)));
         self.tick.notify_one();
+        self.settled.notify_all();
         drop(inner);
         request.succeed();
     }
@@ -214,6 +230,7 @@ impl Service {
         let mut inner = self.lock();
         inner.machine.queue.done();
         inner.stats.failed += 1;
+        self.settled.notify_all();
         drop(inner);
         request.fail(Errno::EIO);
     }
@@ -231,6 +248,7 @@ impl Service {
         let polls = std::mem::take(&mut inner.polls);
         inner.again.clear();
         inner.stats = Stats::default();
+        self.settled.notify_all();
         drop(guard);
         for request in forks {
             request.fail(Errno::EIO);

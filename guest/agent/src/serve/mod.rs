@@ -115,6 +115,8 @@ impl Server {
             let message = format!("{others} requests are being answered already");
             return connection.reply(&Reply::Failed { errno: libc::EBUSY, message });
         }
+        // Another processor of a child may be here before the child is another machine.
+        self.service.settle();
         match request {
             Request::Ping => {
                 let (uuid, generation) = self.service.identity();

@@ -17,6 +17,8 @@ pub struct Queue<T> {
     waiting: VecDeque<T>,
     capacity: usize,
     in_progress: bool,
+    /// Requests that have been in progress so far.
+    taken: u64,
     before_barrier: bool,
 }
 
@@ -24,7 +26,13 @@ impl<T> Queue<T> {
     /// Room for `capacity` requests that wait, besides the one in progress.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { waiting: VecDeque::new(), capacity, in_progress: false, before_barrier: false }
+        Self {
+            waiting: VecDeque::new(),
+            capacity,
+            in_progress: false,
+            taken: 0,
+            before_barrier: false,
+        }
     }
 
     /// Takes a request, or gives it back.
@@ -52,12 +60,19 @@ impl<T> Queue<T> {
         }
         let request = self.waiting.pop_front();
         self.in_progress = request.is_some();
+        self.taken += u64::from(self.in_progress);
         request
     }
 
     /// The request in progress is done.
     pub fn done(&mut self) {
         self.in_progress = false;
+    }
+
+    /// Whether one is in progress, and which it is: each has a number of its own.
+    #[must_use]
+    pub fn in_progress(&self) -> Option<u64> {
+        self.in_progress.then_some(self.taken)
     }
 
     /// Requests that wait.

@@ -1,11 +1,17 @@
 //! Forking, in the parent and in the child.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use guest_agent::reaper::Reaper;
+use guest_agent::serve::Server;
+use guest_wire::{Reply, Request, WorkloadState, read_control, write_control};
 use uuid::Uuid;
 
 use crate::Case;
@@ -18,6 +24,7 @@ pub const CASES: &[Case] = &[
     ("forks::a_full_queue_is_busy", a_full_queue_is_busy),
     ("forks::a_failed_fork_is_an_io_error", a_failed_fork_is_an_io_error),
     ("forks::the_child_reads_the_zero_uuid", the_child_reads_the_zero_uuid),
+    ("forks::who_asks_meanwhile_is_answered_afterwards", who_asks_meanwhile_is_answered_afterwards),
     ("forks::what_was_queued_belonged_to_the_parent", what_was_queued_belonged_to_the_parent),
     ("forks::what_was_not_read_belonged_to_the_parent", what_was_not_read_belonged_to_the_parent),
     ("forks::a_child_of_a_child_of_a_child", a_child_of_a_child_of_a_child),
@@ -135,6 +142,56 @@ fn the_child_reads_the_zero_uuid() -> Result<()> {
     ensure!(fs::read_to_string(rig.path("fork"))? == format!("{}\n", Uuid::nil()));
     let birth = rig.service.stats().birth_us;
     eprintln!("from the answer to the reply, nothing renewed: {birth:?} us");
+    Ok(())
+}
+
+/// A child with several processors runs before it is another machine: the host is not answered then.
+fn who_asks_meanwhile_is_answered_afterwards() -> Result<()> {
+    let rig = Rig::new()?;
+    let server = Arc::new(Server {
+        service: rig.service.clone(),
+        reaper: Reaper::of_process(),
+        env: BTreeMap::new(),
+        cwd: "/".into(),
+        group: None,
+        workload: Arc::new(Mutex::new(WorkloadState::Running { pid: 1 })),
+        libukp: rig.at.clone(),
+        requests: AtomicUsize::new(0),
+    });
+    let ask = || -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        server.accept(theirs.into());
+        write_control(&mut &ours, &Request::Ping)?;
+        Ok(ours)
+    };
+    let answer = |from: &UnixStream, limit| {
+        from.set_read_timeout(Some(limit))?;
+        match read_control(&mut &*from)? {
+            Some(Reply::Pong { uuid, .. }) => Ok(uuid),
+            other => Err(anyhow::anyhow!("{other:?}")),
+        }
+    };
+    for own in [Uuid::new_v4(), Uuid::new_v4()] {
+        thread::scope(|scope| -> Result<()> {
+            let rung = rig.bell.rung.load(Ordering::SeqCst);
+            let forking = scope.spawn(|| fs::write(rig.path("fork"), "1"));
+            until("the doorbell rings", || rig.bell.rung.load(Ordering::SeqCst) > rung)?;
+            let asked = ask()?;
+            let early = answer(&asked, Duration::from_millis(50));
+            rig.next(Fork::Become(own, 1));
+            ensure!(early.is_err(), "it was answered before it was known by whom: {early:?}");
+            forking.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+            ensure!(answer(&asked, LIMIT)? == own);
+            Ok(())
+        })?;
+    }
+    let own = rig.service.identity().0;
+    // A fork that gives a child, or fails, is over, too.
+    rig.fork()?;
+    ensure!(answer(&ask()?, LIMIT)? == own);
+    rig.next(Fork::Fail(5));
+    ensure!(errno(fs::write(rig.path("fork"), "1")) == libc::EIO);
+    ensure!(answer(&ask()?, LIMIT)? == own);
     Ok(())
 }
 
