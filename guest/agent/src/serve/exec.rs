@@ -18,10 +18,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest_wire::{Frame, FrameError, Input, Kind, Reply, Terminal, control, read_frame};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionread;
 use rustix::net::Shutdown;
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
@@ -37,7 +38,7 @@ const PIPE_INPUT: usize = 4096;
 const TERMINAL_INPUT: usize = 256;
 /// How long output may come after the program's end, from others that have its pipes.
 const GRACE: Duration = Duration::from_millis(500);
-/// Between two looks whether a program that takes no input has ended.
+/// Between two looks whether a program that takes no input, or gives no output, has ended.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 /// Ends the input of a terminal.
 const END_OF_TRANSMISSION: u8 = 4;
@@ -74,9 +75,9 @@ pub(super) fn run(
     };
     let (sent, pumps) = channel::<()>();
     for (kind, output) in streams.outputs {
-        let (connection, sent) = (connection.clone(), sent.clone());
+        let (connection, sent, ended) = (connection.clone(), sent.clone(), ended.clone());
         thread::spawn(move || {
-            pump(&connection, kind, output);
+            pump(&connection, kind, output, &ended);
             drop(sent);
         });
     }
@@ -157,16 +158,33 @@ fn resize(terminal: impl std::os::fd::AsFd, size: Terminal) -> io::Result<()> {
 
 /// Sends output until it ends. If nobody takes it any more it is read nonetheless, so that the
 /// program does not stand still.
-fn pump(connection: &Connection, kind: Kind, mut output: File) {
+///
+/// When the program has ended others may still have its output open. All that was written before is
+/// sent, however long that takes, and what the others write for a while.
+fn pump(connection: &Connection, kind: Kind, mut output: File, ended: &AtomicBool) {
     let mut buffer = vec![0; CHUNK];
     let mut taken = true;
+    // Once the program has ended: until when, and how much of what was there then is left.
+    let mut last: Option<(Instant, u64)> = None;
     loop {
+        if last.is_none() && ended.load(Ordering::SeqCst) {
+            last = Some((Instant::now() + GRACE, ioctl_fionread(&output).unwrap_or(0)));
+        }
+        if last.is_some_and(|(end, left)| left == 0 && Instant::now() >= end) {
+            return;
+        }
+        match poll(&mut [PollFd::new(&output, PollFlags::IN)], Some(&LOOK)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            // Reading says what is wrong.
+            Ok(_) | Err(_) => {}
+        }
         match output.read(&mut buffer) {
             // A terminal that nobody has open any more is an I/O error.
             Ok(0) => return,
             Ok(n) => {
                 let bytes = buffer.get(..n).unwrap_or_default();
                 taken = taken && connection.send(kind, bytes).is_ok();
+                last = last.map(|(end, left)| (end, left.saturating_sub(n as u64)));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return,
@@ -177,8 +195,8 @@ fn pump(connection: &Connection, kind: Kind, mut output: File) {
 /// Tells the exit code when the program has ended and its output was sent.
 fn finish(connection: &Connection, code: &Receiver<i32>, pumps: &Receiver<()>) {
     let Ok(code) = code.recv() else { return };
-    // Nobody sends: it ends with an error when all pumps have ended, or with the time.
-    pumps.recv_timeout(GRACE).unwrap_or_default();
+    // Nobody sends: it ends with an error when all pumps have ended.
+    pumps.recv().unwrap_or_default();
     drop(connection.reply(&Reply::Exited { code }));
     // The input thread waits for frames that are of no use now.
     rustix::net::shutdown(&*connection.reader, Shutdown::Read).unwrap_or_default();

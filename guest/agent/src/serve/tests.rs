@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
+use std::time::Instant;
 
 use guest_wire::{Input, Terminal, read_frame};
 
@@ -163,6 +164,27 @@ fn what_cannot_be_run_is_told() {
     );
     assert!(matches!(run(&["true"], Some("/nowhere")), Reply::Failed { errno: libc::ENOENT, .. }));
     assert!(matches!(run(&["a\0b"], None), Reply::Failed { .. }));
+}
+
+/// The program has ended long before the host has taken what it wrote.
+#[test]
+fn what_was_written_comes_whole_however_late_it_is_taken() {
+    let server = server();
+    let stream = ask(&server, &program("head -c 250000 /dev/zero; exit 3"));
+    thread::sleep(3 * Duration::from_millis(500));
+    let (out, _, exit) = to_end(&stream);
+    assert_eq!((out.len(), exit), (250_000, Reply::Exited { code: 3 }));
+}
+
+/// Who goes on writing does not keep the exit code for ever.
+#[test]
+fn others_that_never_stop_writing_do_not_keep_the_exit_code() {
+    let server = server();
+    let script = "(for i in $(seq 400); do echo x; sleep 0.05; done) & echo done; exit 4";
+    let begin = Instant::now();
+    let (out, _, exit) = to_end(&ask(&server, &program(script)));
+    assert_eq!(exit, Reply::Exited { code: 4 });
+    assert!(out.contains("done\n") && begin.elapsed() < Duration::from_secs(10), "{out:?}");
 }
 
 #[test]
