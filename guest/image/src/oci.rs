@@ -151,7 +151,7 @@ impl Image {
         };
         let env: BTreeMap<_, _> = own.env.iter().flatten().map(pair).collect();
         let cwd = own.working_dir.clone().filter(|path| !path.is_empty());
-        Config { argv, env, cwd: cwd.unwrap_or_else(|| "/".to_owned()) }
+        Config { argv, env, cwd: cwd.unwrap_or_else(|| "/".to_owned()), ..Config::default() }
     }
 
     /// All layers on top of each other.

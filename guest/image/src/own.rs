@@ -26,8 +26,9 @@ pub static AGENT: &[u8] = include_bytes!(env!("UKP_AGENT"));
 /// Where the configuration lies.
 const CONFIG: &str = ".uk/config.json";
 
-/// What a guest runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a guest runs, and how its agent does that. What is left out is as the agent has it
+/// (`guest/agent/README.md`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// Program and arguments.
     pub argv: Vec<String>,
@@ -35,20 +36,45 @@ pub struct Config {
     pub env: BTreeMap<String, String>,
     /// The directory that it starts in.
     pub cwd: String,
+    /// Name of the machine; `{uuid}` in it is the instance's UUID.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// Forks that may wait for another.
+    #[serde(default)]
+    pub fork_queue: Option<u32>,
+    /// How long a child that has stopped is kept, in seconds.
+    #[serde(default)]
+    pub retention_s: Option<u32>,
+    /// Whether all of it is frozen across forks.
+    #[serde(default)]
+    pub freeze: bool,
 }
 
 impl Config {
     /// A command with nothing around it.
     #[must_use]
     pub fn command(argv: Vec<String>) -> Self {
-        Self { argv, env: BTreeMap::new(), cwd: "/".to_owned() }
+        Self { argv, cwd: "/".to_owned(), ..Self::default() }
     }
 
     fn json(&self) -> Vec<u8> {
+        let Self { argv, env, cwd, hostname, fork_queue, retention_s, freeze } = self;
         // Unlike `to_vec`, this has no way to fail.
-        serde_json::json!({ "argv": self.argv, "env": self.env, "cwd": self.cwd })
-            .to_string()
-            .into_bytes()
+        let mut json = serde_json::json!({ "argv": argv, "env": env, "cwd": cwd });
+        let mut more = |name: &str, value: serde_json::Value| json[name] = value;
+        if let Some(name) = hostname {
+            more("hostname", name.as_str().into());
+        }
+        if let Some(forks) = fork_queue {
+            more("fork_queue", (*forks).into());
+        }
+        if let Some(seconds) = retention_s {
+            more("retention_s", (*seconds).into());
+        }
+        if *freeze {
+            more("freeze", true.into());
+        }
+        json.to_string().into_bytes()
     }
 }
 

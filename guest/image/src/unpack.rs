@@ -37,14 +37,31 @@ pub fn unpacked(kernel: &Path) -> Result<PathBuf, ImageError> {
     let bytes = fs::read(kernel).map_err(ImageError::io("read", kernel))?;
     let Some((payload, len)) = payload(&bytes) else { return Ok(kernel.to_owned()) };
     let path = cache::kernel(&blake3::hash(&bytes))?;
-    if fs::metadata(&path).is_ok_and(|found| found.is_file() && found.len() == len as u64) {
+    if is_whole(&path, len) {
         return Ok(path);
     }
     let Some(elf) = unpack(payload, len) else { return Ok(kernel.to_owned()) };
-    let mut new = NewFile::create(&path)?;
-    new.write(&elf)?;
-    new.keep()?;
+    keep(&path, &elf)?;
+    keep(&sum_of(&path), blake3::hash(&elf).to_hex().as_bytes())?;
     Ok(path)
+}
+
+/// Whether the kernel that is kept is the one that was unpacked: a host may have lost power meanwhile.
+fn is_whole(path: &Path, len: usize) -> bool {
+    let Ok(sum) = fs::read(sum_of(path)) else { return false };
+    let there = fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == len as u64);
+    there && fs::read(path).is_ok_and(|elf| blake3::hash(&elf).to_hex().as_bytes() == sum)
+}
+
+/// Where its checksum lies.
+fn sum_of(path: &Path) -> PathBuf {
+    path.with_extension("blake3")
+}
+
+fn keep(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
+    let mut new = NewFile::create(path)?;
+    new.write(bytes)?;
+    new.keep()
 }
 
 /// What a bzImage has packed, and the length of that when it is not.
@@ -145,6 +162,23 @@ mod tests {
             assert_eq!(unpack(found, len + 1), None);
             assert_eq!(unpack(found, len - 1), None);
         }
+    }
+
+    #[test]
+    fn a_kept_kernel_that_was_damaged_is_made_again() {
+        let folder = tempfile::tempdir().expect("there is room");
+        let path = folder.path().join("a.vmlinux");
+        let elf = elf();
+        assert!(!is_whole(&path, elf.len()));
+        keep(&path, &elf).expect("there is room");
+        assert!(!is_whole(&path, elf.len()), "its checksum was not written any more");
+        let sum = blake3::hash(&elf);
+        keep(&sum_of(&path), sum.to_hex().as_bytes()).expect("there is room");
+        assert!(is_whole(&path, elf.len()));
+        let mut damaged = elf.clone();
+        damaged[elf.len() / 2..].fill(0);
+        keep(&path, &damaged).expect("there is room");
+        assert!(!is_whole(&path, elf.len()));
     }
 
     #[test]

@@ -156,6 +156,18 @@ fn a_command_goes_into_the_image_or_behind_it() {
     assert_eq!(second[0].name, ".uk/config.json");
     let text = r#"{"argv":["sh","-c","echo \"ä\"\n"],"cwd":"/a","env":{"A":"="}}"#;
     assert_eq!(second[0].bytes, text.as_bytes());
+
+    let whole = Config {
+        hostname: Some("n-{uuid}".into()),
+        fork_queue: Some(3),
+        retention_s: Some(4),
+        freeze: true,
+        ..other
+    };
+    let segment = config_segment(&whole).expect("a segment");
+    let (alone, _) = read(&segment);
+    let said: Config = serde_json::from_slice(&alone[0].bytes).expect("JSON");
+    assert_eq!(said, whole);
 }
 
 #[test]
