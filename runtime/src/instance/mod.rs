@@ -319,15 +319,18 @@ impl Instance {
     /// much is dropped, and the owner is told.
     fn post_console(&self, bytes: &[u8]) {
         let mut outbox = self.outbox.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = outbox.len() >= OUTBOX;
-        match outbox.back_mut() {
-            Some(Event::Console { bytes: last }) if last.len() < CONSOLE_CHUNK => {
-                last.extend_from_slice(bytes);
+        // A message has a greatest length, what a driver gives at once need not.
+        for bytes in bytes.chunks(CONSOLE_CHUNK) {
+            let full = outbox.len() >= OUTBOX;
+            match outbox.back_mut() {
+                Some(Event::Console { bytes: last }) if last.len() < CONSOLE_CHUNK => {
+                    last.extend_from_slice(bytes);
+                }
+                _ if full => {
+                    self.console_lost.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                }
+                _ => outbox.push_back(Event::Console { bytes: bytes.into() }),
             }
-            _ if full => {
-                self.console_lost.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            }
-            _ => outbox.push_back(Event::Console { bytes: bytes.into() }),
         }
         drop(outbox);
         self.link.ring();

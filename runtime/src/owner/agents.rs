@@ -8,8 +8,8 @@
 //!
 //! The VMM says first whose connection it is; everything behind that line comes from the guest.
 
-use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read};
+use std::collections::{HashMap, VecDeque};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -19,13 +19,20 @@ use std::time::{Duration, Instant};
 use guest_wire::{Answer, ChildInfo, HOST_PORT, Question, Status, read_control, write_control};
 use uuid::Uuid;
 
-use super::state::{Known, Shared, State};
+use super::state::{KILLED, Known, Shared, State};
 use crate::sys::SysError;
 
 /// How long a child that nobody has heard of may take to call: it was made a moment ago.
 const BIRTH: Duration = Duration::from_secs(5);
-/// Questions of one agent that wait for an answer; more are answered as if the child were unknown.
+/// Questions of one connection that wait for an answer: an agent has no more. One who asks for more, or
+/// takes no answers, is no agent.
 const MOST_QUESTIONS: usize = 4096;
+/// Connections of one instance: an agent has one, and the one that it gave up may still be there.
+const MOST_CONNECTIONS: usize = 8;
+/// How long the VMM may take to say whose connection it is.
+const INTRODUCTION: Duration = Duration::from_secs(5);
+/// Until the next try, where there is no descriptor left for a connection.
+const AGAIN: Duration = Duration::from_millis(50);
 /// How often the end of a connection is looked for.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -40,15 +47,63 @@ impl Agents {
         let listener =
             UnixListener::bind(folder.join(format!("port_{HOST_PORT}"))).map_err(call("bind"))?;
         let accepting = listener.try_clone().map_err(call("dup"))?;
-        let shared = shared.clone();
+        let (shared, guests) = (shared.clone(), Arc::new(Guests::default()));
         thread("agents", move || {
-            while let Ok((connection, _)) = accepting.accept() {
-                let shared = shared.clone();
-                // Without a thread left the agent sees its connection closed, and tries again.
-                drop(thread("agent", move || serve(&shared, connection)));
+            loop {
+                match accepting.accept() {
+                    Ok((connection, _)) => {
+                        let (shared, guests) = (shared.clone(), guests.clone());
+                        // Without a thread left the agent sees its connection closed, and tries again.
+                        drop(thread("agent", move || serve(&shared, &guests, connection)));
+                    }
+                    // It listens no more.
+                    Err(error) if error.kind() == ErrorKind::InvalidInput => return,
+                    // No descriptor left, for example: later there may be one.
+                    Err(_) => std::thread::sleep(AGAIN),
+                }
             }
         })?;
         Ok(Self(listener))
+    }
+}
+
+/// Connections by instance.
+#[derive(Debug, Default)]
+struct Guests(Mutex<HashMap<Uuid, usize>>);
+
+impl Guests {
+    fn counts(&self) -> MutexGuard<'_, HashMap<Uuid, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one more until the result is dropped, unless there are too many.
+    fn enter(&self, instance: Uuid) -> Option<Guest<'_>> {
+        let mut counts = self.counts();
+        let count = counts.entry(instance).or_default();
+        (*count < MOST_CONNECTIONS).then(|| {
+            *count += 1;
+            Guest { guests: self, instance }
+        })
+    }
+}
+
+/// A connection that counts.
+#[derive(Debug)]
+struct Guest<'a> {
+    guests: &'a Guests,
+    instance: Uuid,
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        let mut counts = self.guests.counts();
+        let left = counts.get_mut(&self.instance).map(|count| {
+            *count -= 1;
+            *count
+        });
+        if left == Some(0) {
+            counts.remove(&self.instance);
+        }
     }
 }
 
@@ -72,16 +127,21 @@ struct Open {
     closed: bool,
 }
 
-type Questions = Arc<Mutex<Open>>;
-
 fn lock(open: &Mutex<Open>) -> MutexGuard<'_, Open> {
     open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn serve(shared: &Arc<Shared>, connection: UnixStream) {
+fn serve(shared: &Arc<Shared>, guests: &Guests, connection: UnixStream) {
     let Ok(mut out) = connection.try_clone() else { return };
+    if connection.set_read_timeout(Some(INTRODUCTION)).is_err() {
+        return;
+    }
     let mut from = BufReader::new(connection);
     let Some(asking) = whose(&mut from) else { return };
+    if from.get_ref().set_read_timeout(None).is_err() {
+        return;
+    }
+    let Some(_guest) = guests.enter(asking) else { return };
     // Its agent may call before its VMM has.
     let called = shared.wait("call of a child", BIRTH, |state| {
         let known = state.maybe_instance(asking)?;
@@ -96,28 +156,32 @@ fn serve(shared: &Arc<Shared>, connection: UnixStream) {
     if write_control(&mut out, &Answer::Welcome { uuid: asking }).is_err() {
         return;
     }
-    let open = Questions::default();
-    let (answering, questions) = (shared.clone(), open.clone());
-    if thread("answers", move || answer_all(&answering, asking, &questions, &mut out)).is_err() {
-        return;
-    }
-    // A message that is none ends it: the two no longer agree where one begins.
-    while let Ok(Some(question)) = read_control::<Question>(&mut from) {
-        let mut open = lock(&open);
-        if open.closed {
-            break;
+    let open = Mutex::default();
+    std::thread::scope(|scope| {
+        let answers = std::thread::Builder::new().name("answers".to_owned());
+        let answering = || answer_all(shared, asking, &open, &mut out);
+        if answers.spawn_scoped(scope, answering).is_err() {
+            return;
         }
-        let late = open.questions.len() >= MOST_QUESTIONS;
-        let asked = Instant::now();
-        // In the past: it is answered at once.
-        let asked = if late { asked.checked_sub(BIRTH).unwrap_or(asked) } else { asked };
-        open.questions.push_back((question, asked));
+        read_questions(shared, &open, &mut from);
+        lock(&open).closed = true;
+        shared.wake();
+        drop(from.get_ref().shutdown(Shutdown::Both));
+    });
+}
+
+/// Returns when the connection ends. A message that is none ends it, too: the two no longer agree where
+/// one begins.
+fn read_questions(shared: &Shared, open: &Mutex<Open>, from: &mut impl Read) {
+    while let Ok(Some(question)) = read_control::<Question>(from) {
+        let mut open = lock(open);
+        if open.closed || open.questions.len() >= MOST_QUESTIONS {
+            return;
+        }
+        open.questions.push_back((question, Instant::now()));
         drop(open);
         shared.wake();
     }
-    lock(&open).closed = true;
-    shared.wake();
-    drop(from.get_ref().shutdown(Shutdown::Both));
 }
 
 /// The line that the VMM says first: the UUID of its instance.
@@ -193,9 +257,6 @@ fn answer(question: &Question, uuid: Uuid, known: &Known) -> Option<Answer> {
     }
 }
 
-/// Exit code of a process that was killed.
-const KILLED: i32 = 137;
-
 /// The name of the state that a child came from. It is the child's alone and is not kept: forks
 /// make no snapshot that anybody else could start from.
 fn snapshot(parent: Uuid, child: Uuid) -> Uuid {
@@ -239,6 +300,100 @@ mod tests {
         assert_eq!(told(&known), (Status::Stopped, Some(3)));
         known.exit = None;
         assert_eq!(told(&known), (Status::Stopped, Some(KILLED)));
+    }
+
+    /// An owner's state with instances of this process, and agents that call it.
+    struct Calls {
+        shared: Arc<Shared>,
+        folder: tempfile::TempDir,
+        agents: Agents,
+    }
+
+    impl Calls {
+        fn new() -> Self {
+            let shared = Shared::new(Box::new(|_, _| {}), super::super::state::Memory::Everything);
+            let shared = shared.unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let agents = Agents::start(&shared, folder.path()).unwrap();
+            Self { shared, folder, agents }
+        }
+
+        fn instance(&self, parent: Option<Uuid>) -> Uuid {
+            let (ours, _) = crate::sys::socket_pair().unwrap();
+            let number = self.shared.adopt(ours, Some(std::process::id())).unwrap();
+            let uuid = Uuid::new_v4();
+            let pid = std::process::id().cast_signed();
+            let hello = crate::proto::Event::Hello { uuid, parent, pid, vcpus: 1, memory_mib: 1 };
+            assert!(self.shared.event(number, hello));
+            uuid
+        }
+
+        /// A connection as the VMM of `instance` makes it.
+        fn call(&self, instance: Uuid) -> UnixStream {
+            let path = self.folder.path().join(format!("port_{HOST_PORT}"));
+            let mut stream = UnixStream::connect(path).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            std::io::Write::write_all(&mut stream, format!("{instance}\n").as_bytes()).unwrap();
+            stream
+        }
+    }
+
+    /// Nothing at the end of the connection.
+    fn hear(mut from: &UnixStream) -> Option<Answer> {
+        read_control(&mut from).ok().flatten()
+    }
+
+    #[test]
+    fn an_instance_has_so_many_connections_and_no_more() {
+        let calls = Calls::new();
+        let (one, other) = (calls.instance(None), calls.instance(None));
+        let mut kept: Vec<UnixStream> = (0..MOST_CONNECTIONS).map(|_| calls.call(one)).collect();
+        for stream in &kept {
+            assert_eq!(hear(stream), Some(Answer::Welcome { uuid: one }));
+        }
+        assert_eq!(hear(&calls.call(one)), None);
+        assert_eq!(hear(&calls.call(other)), Some(Answer::Welcome { uuid: other }));
+        // When one of them has ended there is a place again.
+        drop(kept.pop());
+        let end = Instant::now() + Duration::from_secs(10);
+        while hear(&calls.call(one)).is_none() {
+            assert!(Instant::now() < end);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn who_asks_without_end_is_no_agent() {
+        let calls = Calls::new();
+        let parent = calls.instance(None);
+        let child = calls.instance(Some(parent));
+        let flood = calls.call(parent);
+        let agent = calls.call(parent);
+        let welcome = Some(Answer::Welcome { uuid: parent });
+        assert_eq!((hear(&flood), hear(&agent)), (welcome, welcome));
+        // The child lives, so none of these can be answered.
+        let asked = (0..).take_while(|id| {
+            write_control(&mut &flood, &Question::Wait { id: *id, uuid: child }).is_ok()
+        });
+        assert!(asked.take(20 * MOST_QUESTIONS).count() < 20 * MOST_QUESTIONS);
+        // Nor does it disturb anybody else.
+        write_control(&mut &agent, &Question::Child { id: 9, uuid: child }).unwrap();
+        assert!(matches!(hear(&agent), Some(Answer::Child { id: 9, .. })));
+    }
+
+    /// What a process without a descriptor left hears of accept(2) is not the end.
+    #[test]
+    fn it_listens_until_it_is_dropped() {
+        let calls = Calls::new();
+        let instance = calls.instance(None);
+        assert!(hear(&calls.call(instance)).is_some());
+        let path = calls.folder.path().join(format!("port_{HOST_PORT}"));
+        drop(calls.agents);
+        let end = Instant::now() + Duration::from_secs(10);
+        while UnixStream::connect(&path).is_ok() {
+            assert!(Instant::now() < end);
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     #[test]

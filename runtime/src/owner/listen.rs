@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::state::Shared;
@@ -19,6 +20,11 @@ const LISTENING: u64 = 0;
 const SETTLE: u64 = u64::MAX;
 /// Connections that wait to be accepted: a fan-out calls all at once.
 const BACKLOG: i32 = 1024;
+/// Messages of one instance that are heard in one turn: more than a socket holds, so that all is heard
+/// that was said before, and few enough that one that never stops does not keep the others waiting.
+const TURN: usize = 1024;
+/// Until it is looked again, where not even a descriptor to give up is left.
+const FULL: Duration = Duration::from_millis(20);
 
 /// Listens at `path`.
 pub(super) fn socket(path: &Path) -> Result<OwnedFd, SysError> {
@@ -57,6 +63,7 @@ pub(super) fn start(shared: &Arc<Shared>, socket: OwnedFd) -> Result<(), SysErro
 }
 
 fn run(shared: &Shared, socket: &OwnedFd) {
+    let mut spare = spare_descriptor();
     let mut events = Vec::with_capacity(64);
     let mut buffer = vec![0_u8; MAX_MESSAGE];
     while !shared.state().stopped {
@@ -66,7 +73,7 @@ fn run(shared: &Shared, socket: &OwnedFd) {
         epoll::wait(&shared.epoll, room, None).unwrap_or(0);
         for event in &events {
             match event.data.u64() {
-                LISTENING => accept(shared, socket),
+                LISTENING => accept(shared, socket, &mut spare),
                 SETTLE => shared.settled(),
                 number => hear(shared, number, &mut buffer),
             }
@@ -74,14 +81,36 @@ fn run(shared: &Shared, socket: &OwnedFd) {
     }
 }
 
-fn accept(shared: &Shared, socket: &OwnedFd) {
-    while let Ok(connection) = rustix::net::accept_with(socket, SocketFlags::CLOEXEC) {
-        // Only processes of this user are our instances.
-        let ours = rustix::net::sockopt::socket_peercred(&connection)
-            .is_ok_and(|peer| peer.uid == rustix::process::geteuid());
-        if ours {
-            // Without a descriptor left the child sees its connection closed, and ends.
-            drop(shared.adopt(connection, false));
+/// A descriptor to give up when there is no other.
+fn spare_descriptor() -> Option<OwnedFd> {
+    eventfd(0, EventfdFlags::CLOEXEC).ok()
+}
+
+fn accept(shared: &Shared, socket: &OwnedFd, spare: &mut Option<OwnedFd>) {
+    loop {
+        match rustix::net::accept_with(socket, SocketFlags::CLOEXEC) {
+            Ok(connection) => {
+                // Only processes of this user are our instances.
+                let ours = rustix::net::sockopt::socket_peercred(&connection)
+                    .is_ok_and(|peer| peer.uid == rustix::process::geteuid());
+                if ours {
+                    // Without room in the set the child sees its connection closed, and ends.
+                    drop(shared.adopt(connection, None));
+                }
+            }
+            // No descriptor is left: whoever calls is turned away, and its fork fails, instead of
+            // being asked about for ever.
+            Err(Errno::MFILE | Errno::NFILE) => {
+                if spare.take().is_none() {
+                    std::thread::sleep(FULL);
+                } else {
+                    drop(rustix::net::accept_with(socket, SocketFlags::CLOEXEC));
+                }
+                *spare = spare_descriptor();
+                return;
+            }
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            Err(_) => return,
         }
     }
 }
@@ -100,12 +129,15 @@ fn hear(shared: &Shared, number: u64, buffer: &mut [u8]) {
     let Some(socket) = shared.state().connection(number).map(|it| it.socket.clone()) else {
         return;
     };
-    loop {
+    for _ in 0..TURN {
         match sys::receive(socket.as_fd(), buffer, RecvFlags::DONTWAIT) {
             Ok((len, _)) if len > 0 => {
                 // What an instance says is input: a message that is none is passed over.
-                if let Ok(event) = serde_json::from_slice(&buffer[..len]) {
-                    shared.event(number, event);
+                if let Ok(event) = serde_json::from_slice(&buffer[..len])
+                    && !shared.event(number, event)
+                {
+                    // It sees its connection closed, and ends.
+                    return shared.closed(number);
                 }
             }
             Err(error) if error.errno() == libc::EAGAIN => return,

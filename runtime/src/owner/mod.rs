@@ -40,7 +40,7 @@ pub use error::OwnerError;
 use folder::Folder;
 pub use folder::folders;
 use root::Root;
-pub use state::{Known, Listener};
+pub use state::{CONSOLE, Known, Listener};
 use state::{Memory, Shared};
 
 use crate::agent::{self, Agent, AgentError};
@@ -52,6 +52,8 @@ use crate::sys::{self, SysError};
 const GOODBYE: Duration = Duration::from_secs(10);
 /// How long a request may take unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// Bytes that are typed with one request.
+const TYPED: usize = 16 * 1024;
 
 /// Runs instances.
 #[derive(Debug)]
@@ -128,10 +130,14 @@ impl Owner {
             // Before it forks anything: it waits for its configuration.
             self.shared.watch.track(pid);
         }
-        self.roots().push(root);
+        let mut roots = self.roots();
+        // Those of which nothing is left need no place.
+        roots.retain_mut(|root| !root.is_over());
+        roots.push(root);
+        drop(roots);
         let request = Envelope { id: 0, request: Request::Start(Box::new(config)) };
         listen::send(&ours, &request)?;
-        let number = self.shared.adopt(ours, true)?;
+        let number = self.shared.adopt(ours, Some(pid))?;
         let uuid = self.shared.wait("start of the instance", PATIENCE, |state| {
             // A short program may have ended, and its connection be closed.
             if let Some(uuid) = state.came_over(number) {
@@ -257,6 +263,7 @@ impl Owner {
     ///
     /// That it has none, or is gone.
     pub fn type_in(&self, uuid: Uuid, bytes: &[u8]) -> Result<usize, OwnerError> {
+        let bytes = bytes.get(..TYPED).unwrap_or(bytes);
         match self.ask(uuid, Request::Type { bytes: bytes.to_vec() })? {
             Reply::Typed { count } => Ok(count.min(bytes.len())),
             _ => Ok(0),

@@ -44,6 +44,11 @@ impl Root {
         poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
+    /// The same, and its exit status is taken.
+    pub(super) fn is_over(&mut self) -> bool {
+        self.is_gone() && self.process.try_wait().is_ok_and(|status| status.is_some())
+    }
+
     pub(super) fn kill(&mut self) {
         // An error means that it has ended and was reaped.
         drop(self.process.kill());

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use ebpf_loader::Counted;
 use guest_wire::Status;
 use rustix::event::{EventfdFlags, epoll, eventfd};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use uuid::Uuid;
 
 use super::probes::Watch;
@@ -41,7 +43,7 @@ pub struct Known {
     pub forks: VecDeque<ForkReport>,
     /// The last one.
     pub last_fork: Option<ForkReport>,
-    /// Console output.
+    /// Console output, the last [`CONSOLE`] bytes of it at most.
     pub console: Vec<u8>,
     /// Lines for the log.
     pub notes: Vec<String>,
@@ -89,7 +91,7 @@ impl Known {
 
     pub(super) fn ended(&self, uuid: Uuid) -> Option<OwnerError> {
         self.gone.then(|| {
-            let (code, why) = self.exit.clone().unwrap_or((137, None));
+            let (code, why) = self.exit.clone().unwrap_or((KILLED, None));
             OwnerError::Ended { uuid, code, why }
         })
     }
@@ -106,6 +108,8 @@ impl Known {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: Arc<OwnedFd>,
+    /// The process at its other end.
+    peer: i32,
     asked_for: bool,
     pub(super) uuid: Option<Uuid>,
     pub(super) exit: Option<(i32, Option<String>)>,
@@ -148,6 +152,10 @@ pub(super) enum Memory {
     Little,
 }
 
+/// Exit code of a process that was killed.
+pub(super) const KILLED: i32 = 137;
+/// Console output that is kept of one instance: no guest fills its owner's memory.
+pub const CONSOLE: usize = 32 << 20;
 /// Ended instances that an owner with a little memory still knows.
 const KEEP_ENDED: usize = 1024;
 /// Longest wait for the listening thread.
@@ -207,16 +215,25 @@ impl Shared {
         rustix::io::write(&self.settling, &1_u64.to_ne_bytes()).unwrap_or(0);
     }
 
-    /// Listens to a connection from now on. What is known of one that is `asked_for` stays when it is
-    /// closed: somebody waits to hear whether it becomes an instance.
-    pub(super) fn adopt(&self, socket: OwnedFd, asked_for: bool) -> Result<u64, SysError> {
+    /// Listens to a connection from now on; at its other end is the process `root`, or whoever made it.
+    /// What is known of a root stays when it is closed: somebody waits to hear whether it becomes an
+    /// instance.
+    pub(super) fn adopt(&self, socket: OwnedFd, root: Option<u32>) -> Result<u64, SysError> {
+        let peer = match root {
+            Some(pid) => pid.cast_signed(),
+            None => {
+                let peer = socket_peercred(&socket).map_err(SysError::new("SO_PEERCRED"))?;
+                peer.pid.as_raw_nonzero().get()
+            }
+        };
         let mut state = self.state();
         let number = state.next;
         state.next += 1;
         epoll::add(&self.epoll, &socket, epoll::EventData::new_u64(number), epoll::EventFlags::IN)
             .map_err(SysError::new("epoll_ctl"))?;
         let socket = Arc::new(socket);
-        let connection = Connection { socket, asked_for, uuid: None, exit: None };
+        let asked_for = root.is_some();
+        let connection = Connection { socket, peer, asked_for, uuid: None, exit: None };
         state.connections.insert(number, connection);
         Ok(number)
     }
@@ -260,13 +277,15 @@ impl Shared {
         }
     }
 
-    /// Takes in what came over connection `number`.
-    pub(super) fn event(&self, number: u64, event: Event) {
+    /// Takes in what came over connection `number`. Returns whether it stays: an instance that cannot
+    /// be ended when it has to be, or says that it is another one, is not listened to.
+    pub(super) fn event(&self, number: u64, event: Event) -> bool {
         if let Event::Hello { pid, .. } | Event::Zygote { pid } = &event {
             self.watch.track_relative(pid.cast_unsigned());
         }
         let mut state = self.state();
-        if let Some(uuid) = state.event(number, &event) {
+        let Ok(from) = state.event(number, &event) else { return false };
+        if let Some(uuid) = from {
             drop(state);
             (self.listener)(uuid, &event);
             state = self.state();
@@ -276,18 +295,25 @@ impl Shared {
         }
         drop(state);
         self.changed.notify_all();
+        true
     }
 
-    /// The other end of connection `number` is gone.
+    /// The other end of connection `number` is gone. The listener hears of every end: an instance that
+    /// was killed does not tell of its own.
     pub(super) fn closed(&self, number: u64) {
         let mut state = self.state();
+        if let Some(uuid) = state.ends_untold(number) {
+            drop(state);
+            (self.listener)(uuid, &Event::Exited { code: KILLED, reason: None });
+            state = self.state();
+        }
         if let Some(connection) = state.connections.remove(&number) {
             // Without this the descriptor would stay in the set until its last copy is closed.
             epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
             if let Some(uuid) = connection.uuid {
                 state.end(uuid, self.memory);
             } else if connection.asked_for {
-                let exit = connection.exit.clone().or(Some((137, None)));
+                let exit = connection.exit.clone().or(Some((KILLED, None)));
                 state.connections.insert(number, Connection { exit, ..connection });
             }
         }
@@ -323,6 +349,12 @@ impl State {
     pub(super) fn came_over(&self, number: u64) -> Option<Uuid> {
         let mut known = self.instances.iter();
         known.find(|(_, known)| known.connection == number).map(|(uuid, _)| *uuid)
+    }
+
+    /// The instance at the other end of connection `number`, if it has not said that it ends.
+    fn ends_untold(&self, number: u64) -> Option<Uuid> {
+        let connection = self.connections.get(&number)?;
+        connection.uuid.filter(|_| connection.exit.is_none())
     }
 
     fn end(&mut self, uuid: Uuid, memory: Memory) {
@@ -365,13 +397,22 @@ impl State {
     }
 
     /// The instance that `event` comes from, made known if it says hello.
-    fn event(&mut self, number: u64, event: &Event) -> Option<Uuid> {
-        let connection = self.connections.get_mut(&number)?;
+    fn event(&mut self, number: u64, event: &Event) -> Result<Option<Uuid>, Refused> {
+        let Some(connection) = self.connections.get_mut(&number) else { return Ok(None) };
         match event {
             Event::Hello { uuid, parent, pid, vcpus, memory_mib } => {
+                let again = connection.uuid.is_some() || self.instances.contains_key(uuid);
+                if again || *pid != connection.peer {
+                    return Err(Refused);
+                }
+                let process = Pid::from_raw(*pid).ok_or(Refused)?;
+                let process = match pidfd_open(process, PidfdFlags::empty()) {
+                    Ok(process) => Some(process),
+                    // It has ended already.
+                    Err(Errno::SRCH) => None,
+                    Err(_) => return Err(Refused),
+                };
                 connection.uuid = Some(*uuid);
-                let process = Pid::from_raw(*pid)
-                    .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
                 let (vcpus, memory_mib) = (*vcpus, *memory_mib);
                 let made = Known::made(*parent, *pid, number);
                 let known = Known { vcpus, memory_mib, process, ..made };
@@ -380,9 +421,13 @@ impl State {
             Event::Exited { code, reason } => connection.exit = Some((*code, reason.clone())),
             _ => {}
         }
-        connection.uuid
+        Ok(connection.uuid)
     }
 }
+
+/// An instance is not taken for what it says that it is.
+#[derive(Debug)]
+struct Refused;
 
 impl Known {
     fn keep(&mut self, event: Event, memory: Memory) {
@@ -402,12 +447,57 @@ impl Known {
             Event::Done { vcpu, seq, results } => {
                 self.results.insert((vcpu, seq), results);
             }
-            Event::Console { bytes } => self.console.extend(bytes),
+            Event::Console { bytes } => {
+                self.console.extend(bytes);
+                if self.console.len() > CONSOLE {
+                    self.console.drain(..self.console.len() - CONSOLE / 2);
+                }
+            }
             Event::Note { text } => self.notes.push(text),
             Event::Calls { rows } => {
                 ebpf_loader::merge(&mut self.counted, &ebpf_loader::counted(&rows));
             }
             Event::Exited { code, reason } => self.exit = Some((code, reason)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys;
+
+    fn hello(uuid: Uuid, pid: u32) -> Event {
+        let pid = pid.cast_signed();
+        Event::Hello { uuid, parent: None, pid, vcpus: 1, memory_mib: 1 }
+    }
+
+    /// Who says hello decides whom `kill` kills.
+    #[test]
+    fn an_instance_is_no_other_process_and_no_other_instance() {
+        let shared = Shared::new(Box::new(|_, _| {}), Memory::Everything).unwrap();
+        let own = std::process::id();
+        let call = |pid| shared.adopt(sys::socket_pair().unwrap().0, pid).unwrap();
+        let (first, second, root) = (call(None), call(None), call(Some(own)));
+        let uuid = Uuid::new_v4();
+        assert!(!shared.event(first, hello(uuid, own + 1)), "another process");
+        assert!(shared.event(first, hello(uuid, own)));
+        assert!(!shared.event(first, hello(Uuid::new_v4(), own)), "a second name");
+        assert!(!shared.event(second, hello(uuid, own)), "another's name");
+        assert!(!shared.event(root, hello(Uuid::new_v4(), 1)), "another process than was started");
+        assert!(shared.event(root, hello(Uuid::new_v4(), own)));
+        assert_eq!(shared.state().alive().len(), 2);
+    }
+
+    #[test]
+    fn the_end_of_a_long_console_is_kept() {
+        let mut known = Known::made(None, 1, 0);
+        let line = |byte| Event::Console { bytes: vec![byte; CONSOLE / 4] };
+        for byte in *b"abcdefg" {
+            known.keep(line(byte), Memory::Everything);
+            assert!(known.console.len() <= CONSOLE);
+        }
+        assert_eq!(known.console.last(), Some(&b'g'));
+        assert!(known.console.len() >= CONSOLE / 2);
     }
 }
