@@ -53,6 +53,8 @@ pub enum Action {
     Ready,
     /// End because of an exception that the guest cannot handle.
     TripleFault,
+    /// End because KVM has given up.
+    InternalError,
     /// End with this code.
     Exit { code: i32, reason: Option<String> },
 }
@@ -151,6 +153,10 @@ impl Instance {
                 let reason = "the guest stopped with a triple fault (an exception without handler)";
                 self.exit(CRASHED, Some(format!("{reason}; {}", vcpu.whereabouts())));
             }
+            Action::InternalError => {
+                let reason = vcpu.internal_error();
+                self.exit(CRASHED, Some(format!("{reason}; {}", vcpu.whereabouts())));
+            }
             Action::Exit { code, reason } => self.exit(code, reason),
         }
     }
@@ -184,6 +190,13 @@ impl Instance {
             }
             Ok(Some(VcpuExit::Unsupported(DIRTY_RING_FULL))) => Action::Drain,
             Ok(Some(VcpuExit::Shutdown)) => Action::TripleFault,
+            Ok(Some(VcpuExit::InternalError)) => Action::InternalError,
+            Ok(Some(VcpuExit::FailEntry(hardware, cpu))) => {
+                let reason = format!(
+                    "KVM cannot enter the guest: the hardware's reason is {hardware:#x}, on processor {cpu}"
+                );
+                Action::Exit { code: CRASHED, reason: Some(reason) }
+            }
             Ok(Some(other)) => {
                 Action::Exit { code: CRASHED, reason: Some(format!("unexpected exit {other:?}")) }
             }

@@ -1,6 +1,7 @@
 //! KVM, in three layers: the host's abilities ([`Host`]), one virtual machine ([`Machine`]), one
 //! virtual processor ([`Vcpu`]) and its state as plain data ([`VcpuState`]).
 
+mod broken;
 pub mod calls;
 mod dirty;
 mod error;

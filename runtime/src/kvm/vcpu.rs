@@ -13,7 +13,7 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use super::calls::timed;
 use super::host::Host;
-use super::{KvmError, VcpuState};
+use super::{KvmError, VcpuState, broken};
 
 /// Exits that one instruction may need to come to its end.
 const MOST_EXITS: u32 = 4096;
@@ -175,6 +175,15 @@ impl Vcpu {
             "rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}",
             regs.rip, regs.rsp, sregs.cr2, sregs.cr3
         )
+    }
+
+    /// What KVM said when it gave up: after an exit by `KVM_EXIT_INTERNAL_ERROR`.
+    #[must_use]
+    pub fn internal_error(&mut self) -> String {
+        // SAFETY: all members of the union are plain integers and arrays of them, so whatever KVM put
+        // there is a value of this one; the page is as long as the structure.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        broken::internal_error(internal.suberror, internal.ndata, &internal.data)
     }
 
     /// Goes all the way to the guest's door and back without running an instruction.
