@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
+use linux_loader::elf;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{BzImage, Elf, Error as LoadError, KernelLoader, bzimage};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
@@ -167,6 +168,15 @@ fn load_kernel(
         kernel_error(path, text)
     };
     if &magic == b"\x7fELF" {
+        let (whole, end) = extent_of(&file)
+            .ok_or_else(|| kernel_error(path, "it is no Linux kernel".to_owned()))?;
+        if size < whole {
+            let text = format!("it is cut off: {size} of {whole} bytes are there; fetch it again");
+            return Err(kernel_error(path, text));
+        }
+        if end > low {
+            return Err(too_small(end));
+        }
         let at = Some(GuestAddress(KERNEL));
         let loaded = Elf::load(ram, None, &mut file, at).map_err(wrong)?;
         let header = setup_header {
@@ -204,6 +214,28 @@ fn length_of(file: &File) -> Option<u64> {
         (header[0x1f1], header[0x1f4..].first_chunk()?, &header[0x202..]);
     let sectors = if sectors == 0 { 4 } else { u64::from(sectors) };
     (magic == b"HdrS").then(|| (sectors + 1) * 512 + u64::from(u32::from_le_bytes(*loaded)) * 16)
+}
+
+/// Where the segments of a vmlinux end in the file, and in memory.
+fn extent_of(file: &File) -> Option<(u64, u64)> {
+    let mut bytes = [0; size_of::<elf::Elf64_Ehdr>()];
+    file.read_exact_at(&mut bytes, 0).ok()?;
+    let header: elf::Elf64_Ehdr = super::read(&bytes, 0)?;
+    let size = size_of::<elf::Elf64_Phdr>() as u64;
+    let mut extent = (header.e_phoff.checked_add(u64::from(header.e_phnum) * size)?, 0);
+    for index in 0..u64::from(header.e_phnum) {
+        let mut bytes = [0; size_of::<elf::Elf64_Phdr>()];
+        if file.read_exact_at(&mut bytes, header.e_phoff + index * size).is_err() {
+            // The table itself is cut off.
+            break;
+        }
+        let segment: elf::Elf64_Phdr = super::read(&bytes, 0)?;
+        if segment.p_type == elf::PT_LOAD && segment.p_filesz > 0 {
+            extent.0 = extent.0.max(segment.p_offset.checked_add(segment.p_filesz)?);
+            extent.1 = extent.1.max(segment.p_paddr.checked_add(segment.p_memsz)?);
+        }
+    }
+    Some(extent)
 }
 
 /// Puts the initramfs as high as the kernel takes it. Returns where, and its size.
@@ -325,10 +357,30 @@ mod tests {
         image
     }
 
-    fn load_image(name: &str, to: u64) -> Result<u64, BootError> {
+    /// A vmlinux with one segment, that goes to `to`.
+    fn vmlinux(to: u64) -> Vec<u8> {
+        let mut elf = vec![0; 0x1400];
+        for (at, bytes) in [
+            (0, &b"\x7fELF\x02\x01\x01"[..]),
+            (16, &[2, 0, 62, 0, 1]),
+            (24, &to.to_le_bytes()),
+            (32, &64_u64.to_le_bytes()),
+            (52, &[64, 0, 56, 0, 1]),
+            (64, &elf::PT_LOAD.to_le_bytes()),
+            (72, &0x1000_u64.to_le_bytes()),
+            (88, &to.to_le_bytes()),
+            (96, &0x400_u64.to_le_bytes()),
+            (104, &0x10_0000_u64.to_le_bytes()),
+        ] {
+            elf[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        elf
+    }
+
+    fn load_image(name: &str, image: &[u8]) -> Result<u64, BootError> {
         let file = format!("ukp-boot-{}-{name}", std::process::id());
         let path = std::env::temp_dir().join(file);
-        std::fs::write(&path, image(to)).expect("written");
+        std::fs::write(&path, image).expect("written");
         let what = Linux {
             kernel: &path,
             initrd: Path::new(""),
@@ -344,10 +396,31 @@ mod tests {
 
     #[test]
     fn a_kernel_that_is_unpacked_beyond_memory_is_refused() {
-        assert_eq!(load_image("fits", 0x20_0000).expect("it fits"), KERNEL + ENTRY_64);
-        for (name, to) in [("high", 16 << 20), ("beyond", u64::MAX)] {
-            let error = load_image(name, to).expect_err("too small").to_string();
-            assert!(error.contains("see --memory"), "{error}");
+        let fits = load_image("fits", &image(0x20_0000)).expect("it fits");
+        assert_eq!(fits, KERNEL + ENTRY_64);
+        assert_eq!(load_image("elf", &vmlinux(0x20_0000)).expect("it fits"), 0x20_0000);
+        for (name, image) in [
+            ("high", image(16 << 20)),
+            ("beyond", image(u64::MAX)),
+            ("elf-high", vmlinux(16 << 20)),
+            ("elf-end", vmlinux((16 << 20) - 0x1000)),
+        ] {
+            let error = load_image(name, &image).expect_err("too small").to_string();
+            assert!(error.contains("see --memory"), "{name}: {error}");
         }
+    }
+
+    #[test]
+    fn a_vmlinux_that_is_cut_off_is_refused() {
+        let whole = vmlinux(0x20_0000);
+        for len in [whole.len() - 1, 0x1000, 100, 64] {
+            let error = load_image("cut", &whole[..len]).expect_err("cut off").to_string();
+            assert!(error.contains("cut off"), "{len}: {error}");
+        }
+        for (name, len) in [("short", 63), ("magic", 4)] {
+            let error = load_image(name, &whole[..len]).expect_err("no kernel").to_string();
+            assert!(error.contains("no Linux kernel"), "{len}: {error}");
+        }
+        assert!(load_image("overflow", &vmlinux(u64::MAX)).is_err());
     }
 }
