@@ -36,6 +36,10 @@ pub enum Verb {
     Branch(BranchArgs),
     /// Run a program in a Linux instance, and end with its exit code
     Exec(ExecArgs),
+    /// Print what an instance has said on its console
+    Logs(LogsArgs),
+    /// Show the console of an instance, and type on it; Ctrl-] leaves it
+    Console(ConsoleArgs),
     /// Copy a file to or from a Linux instance; a path in it is written INSTANCE:PATH
     Cp(CpArgs),
     /// Wait until an instance has ended; prints its exit code and ends with it
@@ -136,9 +140,36 @@ pub struct RunArgs {
     /// Print one JSON object for each event on stdout: started, console, forked, note, exited
     #[arg(long)]
     pub json: bool,
+    /// How the image is run.
+    #[command(flatten)]
+    pub guest: GuestArgs,
     /// What the image runs, in place of its own command
     #[arg(last = true, requires = "image", value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Arguments of `run` that go to the agent in an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct GuestArgs {
+    /// A variable of the environment of what the image runs
+    #[arg(short, long, requires = "image", value_name = "NAME=VALUE", value_parser = parse::variable)]
+    pub env: Vec<(String, String)>,
+    /// Where in the guest it runs [default: as the image says, or /]
+    #[arg(short, long, requires = "image", value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// Name of the guest; {uuid} in it is the instance's UUID, another one in each child
+    #[arg(long, requires = "image", value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Forks that may wait for another one in the guest; more are refused with EBUSY [default: 16]
+    #[arg(long, requires = "image", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
+    pub fork_queue: Option<u32>,
+    /// For how long a child that has stopped is kept in /uk/libukp/vm [default: 60]
+    #[arg(long, requires = "image", value_name = "SECONDS")]
+    pub retention: Option<u32>,
+    /// Freeze what the image runs across forks, so that none of it runs in a child that is not
+    /// another machine yet
+    #[arg(long, requires = "image")]
+    pub freeze: bool,
 }
 
 /// Arguments of `image`.
@@ -217,6 +248,29 @@ pub struct ExecArgs {
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub command: Vec<String>,
+}
+
+/// Arguments of `logs`.
+///
+/// The last 128 KiB of each instance are kept, also of those that have ended lately, as long as the
+/// `run` lives that owns it.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on until the instance has ended
+    #[arg(short, long)]
+    pub follow: bool,
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
+    /// Print JSON objects
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// The instance: its UUID, or as much of its beginning as is unambiguous
+    pub instance: Prefix,
 }
 
 /// Arguments of `cp`.

@@ -71,6 +71,36 @@ impl Line {
         }
     }
 
+    /// Another connection to the same owner.
+    pub fn again(&self) -> Result<Self, CliError> {
+        Self::connect(&self.folder).ok_or_else(gone)
+    }
+
+    /// What ends this connection, from any thread.
+    pub fn hang_up(&self) -> Result<impl FnOnce() + Send + 'static, CliError> {
+        let socket = self.socket.try_clone();
+        let socket = socket.map_err(|source| CliError::from(SysError { call: "dup", source }))?;
+        // It may have ended.
+        Ok(move || rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).unwrap_or(()))
+    }
+
+    /// Has `show` show console output, with its place, until it wants no more or all is said.
+    pub fn output(
+        &self,
+        ask: &Ask,
+        mut show: impl FnMut(u64, &[u8]) -> Result<bool, CliError>,
+    ) -> Result<(), CliError> {
+        self.send(ask)?;
+        let mut buffer = vec![0_u8; MAX_MESSAGE];
+        loop {
+            match self.receive(&mut buffer)? {
+                Answer::Output { at, bytes } if show(at, &bytes)? => {}
+                Answer::Failed(message) => return Err(CliError::internal(message)),
+                _ => return Ok(()),
+            }
+        }
+    }
+
     /// What was counted of an instance, and of all that have ended.
     pub fn probed(&self, instance: Uuid) -> Result<(Probed, Vec<Row>), CliError> {
         self.send(&Ask::Probes { instance })?;

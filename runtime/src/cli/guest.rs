@@ -198,9 +198,16 @@ fn inside(to: &str, name: Option<&std::ffi::OsStr>) -> String {
     }
 }
 
-/// Written beside its place first, so that half a file never lies there.
+/// A file is written beside its place first, so that half of one never lies there. What is there and is
+/// no file (a device, a pipe, a link to one) is written to and stays what it is.
 fn fetch(agent: Agent, from: &str, to: &Path) -> Result<(), CliError> {
-    let mut beside = to.as_os_str().to_owned();
+    // Where a link leads to: the link is not what is replaced.
+    let place = std::fs::canonicalize(to).unwrap_or_else(|_| to.to_owned());
+    if std::fs::metadata(&place).is_ok_and(|there| !there.is_file()) {
+        let open = |_| File::options().write(true).open(&place);
+        return agent.read(from, open).map(drop).map_err(CliError::from);
+    }
+    let mut beside = place.as_os_str().to_owned();
     beside.push(format!(".{}.part", std::process::id()));
     let beside = PathBuf::from(beside);
     let open =
@@ -208,7 +215,7 @@ fn fetch(agent: Agent, from: &str, to: &Path) -> Result<(), CliError> {
     let fetched = agent.read(from, open).map_err(CliError::from);
     let placed = fetched.and_then(|file| {
         file.sync_all()
-            .and_then(|()| std::fs::rename(&beside, to))
+            .and_then(|()| std::fs::rename(&beside, &place))
             .map_err(|error| named(to, &error))
     });
     if placed.is_err() {

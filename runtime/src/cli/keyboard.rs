@@ -1,22 +1,21 @@
-//! `run -i`: what comes on stdin is typed on the first instance's console.
+//! `run -i` and `console`: what comes on stdin is typed on an instance's console.
 //!
-//! A terminal hands on what is typed key by key, Ctrl-C too, until this goes; Ctrl-] is for `run`. Of
+//! A terminal hands on what is typed key by key, Ctrl-C too, until this goes; Ctrl-] is for us. Of
 //! a pipe or a file the end is typed as a terminal has it, so `echo ls | runtime run -i …` is a
 //! session of a shell.
 
 use std::io::{IsTerminal, Read, stdin};
-use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use runtime::owner::Owner;
-use rustix::process::{Signal, getpid, kill_process};
 use rustix::termios::{InputModes, LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
-use uuid::Uuid;
 
 use super::error::CliError;
 
 /// Bytes in one message.
 const CHUNK: usize = 4096;
+/// Messages that may wait for a guest that does not read.
+const BEHIND: usize = 16;
 /// How often it is looked whether a guest that was behind has read something.
 const LOOK: Duration = Duration::from_millis(20);
 /// Ctrl-].
@@ -28,17 +27,20 @@ const END: u8 = 0x04;
 pub struct Keyboard(Option<Termios>);
 
 impl Keyboard {
-    /// Begins to pass stdin on.
+    /// Begins to pass stdin on. `type_in` tells how many bytes the guest had room for, or nothing once
+    /// it has ended; `leave` is called when Ctrl-] is typed at a terminal, or that is gone.
     ///
     /// # Errors
     ///
     /// If the terminal cannot be set.
-    pub fn start(owner: &Arc<Owner>, root: Uuid) -> Result<Self, CliError> {
+    pub fn start(
+        type_in: impl Fn(&[u8]) -> Option<usize> + Send + 'static,
+        leave: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, CliError> {
         let is_terminal = stdin().is_terminal();
         let keyboard = Self(is_terminal.then(raw).transpose()?);
-        let owner = owner.clone();
         // Ends with the process: nothing wakes who waits for a key.
-        std::thread::spawn(move || pass_on(&owner, root, is_terminal));
+        std::thread::spawn(move || pass_on(type_in, leave, is_terminal));
         Ok(keyboard)
     }
 
@@ -69,7 +71,18 @@ fn raw() -> Result<Termios, CliError> {
     Ok(before)
 }
 
-fn pass_on(owner: &Owner, root: Uuid, is_terminal: bool) {
+/// Reads what is typed. It never waits for the guest at a terminal, so that Ctrl-] always works: when
+/// the guest has stopped reading, or the first instance has ended and its children go on.
+fn pass_on(
+    type_in: impl Fn(&[u8]) -> Option<usize> + Send + 'static,
+    leave: impl FnOnce(),
+    is_terminal: bool,
+) {
+    let (to_guest, typed) = sync_channel::<Vec<u8>>(BEHIND);
+    std::thread::spawn(move || {
+        // What comes after its end is nobody's.
+        while typed.recv().is_ok_and(|bytes| type_all(&type_in, &bytes)) {}
+    });
     let mut buffer = [0; CHUNK];
     let mut in_line = false;
     loop {
@@ -79,30 +92,28 @@ fn pass_on(owner: &Owner, root: Uuid, is_terminal: bool) {
             Err(_) => &[],
         };
         if is_terminal && (typed.is_empty() || typed.contains(&ESCAPE)) {
-            // It arrives: it is this process that waits for it.
-            kill_process(getpid(), Signal::INT).unwrap_or(());
-            return;
+            return leave();
         }
-        if typed.is_empty() {
-            // In the middle of a line the first one ends that.
-            type_all(owner, root, if in_line { &[END, END] } else { &[END] });
-            return;
-        }
+        let ended = typed.is_empty();
+        // In the middle of a line the first one ends that.
+        let end: &[u8] = if in_line { &[END, END] } else { &[END] };
+        let bytes = if ended { end } else { typed };
         in_line = typed.last() != Some(&b'\n');
-        if !type_all(owner, root, typed) {
+        if is_terminal {
+            // A guest that is so far behind misses what is typed, as at any terminal.
+            to_guest.try_send(bytes.to_vec()).unwrap_or(());
+        } else if to_guest.send(bytes.to_vec()).is_err() || ended {
             return;
         }
     }
 }
 
 /// As fast as the guest reads; tells whether it does.
-fn type_all(owner: &Owner, root: Uuid, mut bytes: &[u8]) -> bool {
+fn type_all(type_in: &impl Fn(&[u8]) -> Option<usize>, mut bytes: &[u8]) -> bool {
     while !bytes.is_empty() {
-        match owner.type_in(root, bytes) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            // It has ended.
-            Err(_) => return false,
-        }
+        // Without an answer it has ended.
+        let Some(count) = type_in(bytes) else { return false };
+        bytes = bytes.get(count..).unwrap_or_default();
         if !bytes.is_empty() {
             std::thread::sleep(LOOK);
         }

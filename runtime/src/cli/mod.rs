@@ -9,8 +9,9 @@
 //! | file | what |
 //! | --- | --- |
 //! | `args`, `parse` | what can be typed |
-//! | `run`, `console`, `keyboard`, `signals` | the foreground owner |
+//! | `run`, `console`, `keyboard`, `log`, `signals` | the foreground owner |
 //! | `wire`, `serve`, `client` | what is said between processes |
+//! | `attach` | consoles from elsewhere |
 //! | `guest` | what the agent in a Linux guest is asked for |
 //! | `image` | images of Linux guests |
 //! | `verbs`, `ps`, `doctor` | everything else that can be asked for |
@@ -18,6 +19,7 @@
 //! Exit codes are those of [`error`]; the guest's own code otherwise.
 
 mod args;
+mod attach;
 mod client;
 mod console;
 mod doctor;
@@ -26,6 +28,7 @@ mod guest;
 mod image;
 mod keyboard;
 mod live;
+mod log;
 mod parse;
 mod prometheus;
 mod ps;
@@ -69,6 +72,8 @@ impl Verb {
             Self::Ps(args) => ps::run(&args),
             Self::Branch(args) => verbs::branch(&args),
             Self::Exec(args) => guest::exec(&args),
+            Self::Logs(args) => attach::logs(&args),
+            Self::Console(args) => attach::console(&args),
             Self::Cp(args) => guest::cp(&args),
             Self::Wait(args) => verbs::wait(&args),
             Self::Stop(args) => verbs::stop(&args),

@@ -15,14 +15,15 @@ use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
 use runtime::owner::{Owner, OwnerError};
 use runtime::proto::{CRASHED, InstanceConfig};
 use runtime::sys;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, getpid, getrlimit, kill_process, setrlimit};
 use uuid::Uuid;
 
-use super::args::RunArgs;
+use super::args::{GuestArgs, RunArgs};
 use super::console::{Console, Format};
 use super::error::{CliError, exit_code};
 use super::image;
 use super::keyboard::Keyboard;
+use super::log::Logs;
 use super::parse;
 use super::serve::Server;
 use super::signals::Signals;
@@ -49,8 +50,12 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         lock(&screen).note("this KVM has no dirty ring; using the bitmap");
     }
     drop(host);
-    let listener = screen.clone();
-    let owner = Owner::forwarding(Box::new(move |uuid, event| lock(&listener).event(uuid, event)))?;
+    let logs = Arc::new(Logs::default());
+    let (listener, keeping) = (screen.clone(), logs.clone());
+    let owner = Owner::forwarding(Box::new(move |uuid, event| {
+        keeping.event(uuid, event);
+        lock(&listener).event(uuid, event);
+    }))?;
     let owner = Arc::new(owner);
     let level = args.probes.into();
     let probes_off = match level {
@@ -60,12 +65,12 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     if let (Some(off), true) = (&probes_off, level != Level::Off) {
         lock(&screen).note(&format!("probes are off: {off}"));
     }
-    let server = Server::start(&owner, probes_off)?;
+    let server = Server::start(&owner, logs, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
     let result = start(&owner, config).and_then(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
         lock(&screen).note(&format!("{root} runs{what}"));
-        let keyboard = args.interactive.then(|| Keyboard::start(&owner, root)).transpose()?;
+        let keyboard = args.interactive.then(|| keyboard(&owner, root)).transpose()?;
         if let Some(note) = keyboard.as_ref().and_then(Keyboard::note) {
             lock(&screen).note(note);
         }
@@ -81,6 +86,14 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     server.finish();
     remove_folder(&owner);
     result
+}
+
+/// What is typed goes to the first instance; Ctrl-] ends all, like Ctrl-C where that is not typed.
+fn keyboard(owner: &Arc<Owner>, root: Uuid) -> Result<Keyboard, CliError> {
+    let owner = owner.clone();
+    // It arrives: it is this process that waits for it.
+    let leave = || kill_process(getpid(), Signal::INT).unwrap_or(());
+    Keyboard::start(move |bytes| owner.type_in(root, bytes).ok(), leave)
 }
 
 fn lock(screen: &Screen) -> MutexGuard<'_, Console<Stdout, Stderr>> {
@@ -117,11 +130,9 @@ fn guest(args: &RunArgs) -> Result<Guest, CliError> {
         None => guest_image::unpacked(&guest_image::kernel_dir()?.join("vmlinuz"))?,
     };
     let (initrd, config) = image::ready(source)?;
-    let tail = if args.command.is_empty() {
-        Vec::new()
-    } else {
-        let around = config.unwrap_or_else(|| Config::command(Vec::new()));
-        guest_image::config_segment(&Config { argv: args.command.clone(), ..around })?
+    let tail = match adapted(args, config) {
+        Some(config) => guest_image::config_segment(&config)?,
+        None => Vec::new(),
     };
     if tail.len() > COMMAND_MOST {
         let text = format!("the command is longer than {COMMAND_MOST} bytes; put it into a file");
@@ -130,6 +141,27 @@ fn guest(args: &RunArgs) -> Result<Guest, CliError> {
     let more = args.cmdline.iter().map(|more| format!(" {more}"));
     let cmdline = std::iter::once(IMAGE_CMDLINE.to_owned()).chain(more).collect();
     Ok(Guest { kernel, initrd, tail, cmdline })
+}
+
+/// What the image says that it runs, with what was typed instead; nothing if nothing was.
+fn adapted(args: &RunArgs, config: Option<Config>) -> Option<Config> {
+    let RunArgs { command, guest, .. } = args;
+    if command.is_empty() && *guest == GuestArgs::default() {
+        return None;
+    }
+    let mut config = config.unwrap_or_else(|| Config::command(Vec::new()));
+    if !command.is_empty() {
+        config.argv.clone_from(command);
+    }
+    config.env.extend(guest.env.iter().cloned());
+    if let Some(workdir) = &guest.workdir {
+        config.cwd.clone_from(workdir);
+    }
+    config.hostname = guest.hostname.clone().or(config.hostname);
+    config.fork_queue = guest.fork_queue.or(config.fork_queue);
+    config.retention_s = guest.retention.or(config.retention_s);
+    config.freeze |= guest.freeze;
+    Some(config)
 }
 
 fn config(args: &RunArgs) -> Result<InstanceConfig, CliError> {

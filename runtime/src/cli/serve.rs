@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use uuid::Uuid;
 
+use super::log::{Logs, Piece};
 use super::tracing;
 use super::wire::{Answer, Ask, LISTED_AT_ONCE, Listed, Probed, REASON_CHARS, SOCKET, State};
 
@@ -27,6 +28,8 @@ const LOOK: Duration = Duration::from_millis(500);
 const END: Duration = Duration::from_secs(10);
 /// How long answers under way may take when `run` ends.
 const GOODBYE: Duration = Duration::from_secs(1);
+/// Bytes of console output in one answer.
+const LOG_PIECE: usize = 16 * 1024;
 /// A child that was just being born when its parent was killed has called after this time.
 const BIRTH: Duration = Duration::from_millis(20);
 
@@ -35,6 +38,7 @@ pub struct Server {
     owner: Arc<Owner>,
     paused: Mutex<HashSet<Uuid>>,
     answering: AtomicUsize,
+    logs: Arc<Logs>,
     /// Why there are no probes.
     probes_off: Option<String>,
     tracing: Mutex<()>,
@@ -46,12 +50,17 @@ impl Server {
     /// # Errors
     ///
     /// If the socket cannot be made.
-    pub fn start(owner: &Arc<Owner>, probes_off: Option<String>) -> Result<Arc<Self>, SysError> {
+    pub fn start(
+        owner: &Arc<Owner>,
+        logs: Arc<Logs>,
+        probes_off: Option<String>,
+    ) -> Result<Arc<Self>, SysError> {
         let socket = listen(&owner.folder().join(SOCKET))?;
         let server = Arc::new(Self {
             owner: owner.clone(),
             paused: Mutex::default(),
             answering: AtomicUsize::new(0),
+            logs,
             probes_off,
             tracing: Mutex::default(),
         });
@@ -87,13 +96,10 @@ impl Server {
         while let Ok((len @ 1.., _)) = sys::receive(connection, &mut buffer, RecvFlags::empty()) {
             self.answering.fetch_add(1, Ordering::SeqCst);
             let answers = match serde_json::from_slice(&buffer[..len]) {
-                Ok(ask) => self.answer(&ask, connection),
+                Ok(ask) => self.answer(ask, connection),
                 Err(error) => vec![Answer::Failed(format!("not understood: {error}"))],
             };
-            let sent = answers.iter().all(|answer| {
-                serde_json::to_vec(answer)
-                    .is_ok_and(|bytes| sys::send(connection, &bytes, &[]).is_ok())
-            });
+            let sent = answers.iter().all(|answer| send(connection, answer));
             self.answering.fetch_sub(1, Ordering::SeqCst);
             if !sent {
                 return;
@@ -101,8 +107,8 @@ impl Server {
         }
     }
 
-    fn answer(&self, ask: &Ask, connection: &OwnedFd) -> Vec<Answer> {
-        let answer = match *ask {
+    fn answer(&self, ask: Ask, connection: &OwnedFd) -> Vec<Answer> {
+        let answer = match ask {
             Ask::List => return self.list(),
             Ask::Branch { instance, children, unaware } => {
                 let made = if unaware {
@@ -121,6 +127,10 @@ impl Server {
             Ask::Resume { instance } => self.request(instance, Request::Resume),
             Ask::Stats { instance } => self.stats(instance),
             Ask::Probes { instance } => return self.probes(instance),
+            Ask::Logs { instance, follow } => return vec![self.logs(instance, follow, connection)],
+            Ask::Type { instance, bytes } => {
+                self.owner.type_in(instance, &bytes).map(Answer::Typed)
+            }
             Ask::Trace { instance, branch } => self.trace(instance, branch, connection),
         };
         vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
@@ -201,6 +211,24 @@ impl Server {
             return Ok(Answer::Failed("another trace of this tree is under way".to_owned()));
         };
         tracing::trace(&self.owner, uuid, branch, || hung_up(connection))
+    }
+
+    /// Sends what was said, and returns what comes behind it.
+    fn logs(&self, instance: Uuid, follow: bool, connection: &OwnedFd) -> Answer {
+        let mut next = 0;
+        let time = if follow { LOOK } else { Duration::ZERO };
+        loop {
+            let Some(Piece { at, bytes, last }) = self.logs.read(instance, next, LOG_PIECE, time)
+            else {
+                return Answer::Failed(format!("nothing is kept of what {instance} said"));
+            };
+            next = at + bytes.len() as u64;
+            let nothing = bytes.is_empty();
+            let heard = nothing || send(connection, &Answer::Output { at, bytes });
+            if !heard || hung_up(connection) || last || (nothing && !follow) {
+                return Answer::Done;
+            }
+        }
     }
 
     fn wait(&self, uuid: Uuid, connection: &OwnedFd) -> Result<Answer, OwnerError> {
@@ -298,6 +326,11 @@ fn resident_kib(pid: i32) -> u64 {
         .and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok())
         .unwrap_or(0);
     pages * 4
+}
+
+/// Tells whether it was sent.
+fn send(connection: &OwnedFd, answer: &Answer) -> bool {
+    serde_json::to_vec(answer).is_ok_and(|bytes| sys::send(connection, &bytes, &[]).is_ok())
 }
 
 fn hung_up(connection: &OwnedFd) -> bool {

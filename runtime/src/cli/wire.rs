@@ -40,6 +40,11 @@ pub enum Ask {
     /// What was counted of an instance, and of all that have ended: in parts, then
     /// [`Answer::Done`].
     Probes { instance: Uuid },
+    /// What an instance has said on its console: in parts, then [`Answer::Done`], which comes when
+    /// it has ended if somebody wants to `follow`.
+    Logs { instance: Uuid, follow: bool },
+    /// Types on its console.
+    Type { instance: Uuid, bytes: Vec<u8> },
     /// The next fork with everything in it; `branch` makes it.
     Trace { instance: Uuid, branch: bool },
 }
@@ -62,6 +67,10 @@ pub enum Answer {
     Ended(Vec<Row>),
     /// A fork.
     Traced(Box<Traced>),
+    /// Console output, and its place in all that was said.
+    Output { at: u64, bytes: Vec<u8> },
+    /// The guest had room for so many bytes.
+    Typed(usize),
     /// So many were killed.
     Killed(usize),
     /// Done, or the end of a list.
