@@ -1,6 +1,7 @@
 //! The steps of a fork: what is stamped, what can fail, and what a failure says.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -192,10 +193,12 @@ pub struct Fault {
 pub const FAULT_KILL: u32 = u32::MAX;
 /// Instead of failing, the step takes longer.
 pub const FAULT_DELAY: u32 = u32::MAX - 1;
+/// What is left of a delay when it is waited for to the microsecond.
+const LONG_NS: u64 = 2_000_000;
 
 impl Fault {
     /// Makes the next arrival at `step` fail with `errno` (or [`FAULT_KILL`]); with
-    /// [`FAULT_DELAY`] every arrival takes `delay_us` longer.
+    /// [`FAULT_DELAY`] every arrival takes `delay_us` longer, or until it is taken back.
     pub fn set(&self, step: Step, errno: u32, delay_us: u32) {
         self.errno.store(errno, Ordering::Relaxed);
         self.delay_us.store(delay_us, Ordering::Relaxed);
@@ -221,8 +224,13 @@ impl Fault {
         let errno = self.errno.load(Ordering::Relaxed);
         if errno == FAULT_DELAY {
             let end = now_ns() + u64::from(self.delay_us.load(Ordering::Relaxed)) * 1000;
-            while now_ns() < end {
-                std::hint::spin_loop();
+            // Until it is over, or taken back. A long one leaves the processor to others.
+            while now_ns() < end && self.step.load(Ordering::Acquire) == step as u32 {
+                if end - now_ns().min(end) > LONG_NS {
+                    std::thread::sleep(Duration::from_nanos(LONG_NS / 2));
+                } else {
+                    std::hint::spin_loop();
+                }
             }
             return Ok(());
         }
