@@ -315,6 +315,11 @@ impl Service {
     pub(super) fn become_template(&self, tid: u32, len_bytes: u32, reply: ReplyWrite) {
         let Some(host) = self.host() else { return reply.error(Errno::EIO) };
         let mut inner = self.lock();
+        if inner.machine.queue.is_of_parent() {
+            // This is a clone of the one that was to become a template.
+            drop(inner);
+            return reply.written(len_bytes);
+        }
         // It is no child's end that is waited for.
         inner.in_clones.push(Waiter { child: u32::MAX, tid, len_bytes, reply });
         self.tick.notify_one();

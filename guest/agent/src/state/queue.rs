@@ -88,6 +88,12 @@ impl<T> Queue<T> {
         self.waiting.drain(..).collect()
     }
 
+    /// Whether what comes now was asked of the parent of this machine.
+    #[must_use]
+    pub fn is_of_parent(&self) -> bool {
+        self.before_barrier
+    }
+
     /// What comes from now on was asked of this machine.
     pub fn barrier_passed(&mut self) {
         self.before_barrier = false;

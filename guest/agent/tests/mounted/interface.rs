@@ -1,16 +1,21 @@
 //! The rest of the interface.
 
 use std::fs;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use uuid::Uuid;
 
 use crate::Case;
-use crate::rig::{Rig, errno};
+use crate::rig::{Fork, LIMIT, Rig, errno};
 
 pub const CASES: &[Case] = &[
     ("interface::the_folder_lists_its_files", the_folder_lists_its_files),
     ("interface::scale_to_zero_is_counted", scale_to_zero_is_counted),
     ("interface::a_write_to_template_instance_returns_in_the_clone", template),
+    ("interface::a_template_that_was_not_noted_yet_makes_none_of_its_clone", unread_template),
     ("interface::any_user_may_fork", any_user_may_fork),
     ("interface::ukp_forks_and_waits", ukp_forks_and_waits),
 ];
@@ -29,6 +34,24 @@ fn scale_to_zero_is_counted() -> Result<()> {
         echo =5 > scale_to_zero_disable; cat scale_to_zero_disable";
     ensure!(rig.shell(script)? == "0\n1\n5\n");
     ensure!(errno(fs::write(rig.path("scale_to_zero_disable"), "what?")) == libc::EINVAL);
+    Ok(())
+}
+
+/// The agent reads the write only when it is another machine already: the clone's, where it returns.
+fn unread_template() -> Result<()> {
+    let rig = Rig::new()?;
+    let (sender, results) = channel();
+    let path = rig.path("template_instance");
+    rig.host.at_birth(move || {
+        let writer = thread::spawn(move || sender.send(errno(fs::write(path, "1"))));
+        // Long enough for the request to be made.
+        thread::sleep(Duration::from_millis(200));
+        drop(writer);
+    });
+    rig.next(Fork::Become(Uuid::new_v4(), 1));
+    fs::write(rig.path("fork"), "1")?;
+    ensure!(results.recv_timeout(LIMIT)? == 0);
+    ensure!(rig.host.templates() == 0, "the clone became a template");
     Ok(())
 }
 
