@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use libtest_mimic::Failed;
 use serde_json::Value;
 
-use super::tools::{Folder, Owner, holds, same, start};
+use super::tools::{Folder, Owner, holds, same, start, until};
 
 /// Says hello, forks `CHILDREN`, exits with 10; child n pauses, says so, and exits with 20 + n.
 const FORKS: &str = r#"
@@ -131,6 +131,31 @@ pub fn events_come_as_json() -> Result<(), Failed> {
     same(&(code(0), code(1)), &(Some(10), Some(21)), &events)?;
     let text: String = events.iter().filter_map(|event| event["text"].as_str()).collect();
     same(&text, &"hello\na child\n", &events)
+}
+
+/// Of an instance that runs, and of one that has ended.
+pub fn what_instances_said_is_read_from_elsewhere() -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let elf = forking(&folder, 1, 5_000_000)?;
+    let mut owner = folder.runtime(&[&["run", "--bare", &elf][..], &SMALL].concat());
+    let owner = owner.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (root, child) = until("a child alone", || {
+        let listed = folder.json(&["ps", "--all", "--json"]).ok()?;
+        let of = |state: &str| {
+            let mut all = listed.as_array()?.iter();
+            Some(all.find(|one| one["state"] == state)?["uuid"].as_str()?.to_owned())
+        };
+        Some((of("Stopped")?, of("Running")?))
+    })?;
+    let said = folder.done(&["logs", &root])?;
+    same(&(said.code, said.out.as_str()), &(0, "hello\n"), &said)?;
+    let json = folder.json(&["logs", "--json", &root])?;
+    same(&(&json["text"], &json["at"]), &(&"hello\n".into(), &0.into()), &json)?;
+    let nothing = folder.done(&["logs", &child])?;
+    same(&(nothing.code, nothing.out.as_str()), &(0, ""), &nothing)?;
+    let followed = folder.done(&["logs", "--follow", &child])?;
+    same(&(followed.code, followed.out.as_str()), &(0, "a child\n"), &followed)?;
+    same(&super::tools::Done::of(owner)?.code, &10, &"the root's code")
 }
 
 pub fn a_crash_has_its_own_code() -> Result<(), Failed> {

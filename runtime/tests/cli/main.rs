@@ -29,6 +29,10 @@ const DIRECT: &[(&str, Test)] = &[
     ("a_guest_prints_forks_and_exits", guest::a_guest_prints_forks_and_exits),
     ("children_may_be_killed_with_the_root", guest::children_may_be_killed_with_the_root),
     ("events_come_as_json", guest::events_come_as_json),
+    (
+        "what_instances_said_is_read_from_elsewhere",
+        guest::what_instances_said_is_read_from_elsewhere,
+    ),
     ("a_crash_has_its_own_code", guest::a_crash_has_its_own_code),
     ("a_wrong_elf_is_refused", guest::a_wrong_elf_is_refused),
     ("a_linux_guest_that_cannot_boot_is_refused", guest::a_linux_guest_that_cannot_boot_is_refused),
