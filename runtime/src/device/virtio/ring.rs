@@ -22,6 +22,7 @@
     reason = "the kernel reads and writes buffers while operations are under way"
 )]
 
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -112,6 +113,8 @@ pub struct Ring {
     uring: IoUring,
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
+    /// What the kernel does not take before completions are taken from it (EBUSY, below Linux 5.19).
+    waiting: VecDeque<Entry>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -133,7 +136,7 @@ impl Ring {
         if !uring.params().is_feature_resource_tagging() {
             return Err(fail(Errno::NOSYS.into()));
         }
-        Ok(Self { uring, flights: Vec::new(), free: Vec::new() })
+        Ok(Self { uring, flights: Vec::new(), free: Vec::new(), waiting: VecDeque::new() })
     }
 
     /// Has something done for device `slot`.
@@ -145,26 +148,37 @@ impl Ring {
         let Some(place) = self.flights.get_mut(index) else { return };
         let flight = place.insert(Flight { slot, ask, count: Box::new(0) });
         let entry = flight.entry().user_data(index as u64);
-        self.push(&entry);
+        self.push(entry);
     }
 
-    fn push(&mut self, entry: &Entry) {
-        loop {
+    /// Behind what waits already.
+    fn push(&mut self, entry: Entry) {
+        self.waiting.push_back(entry);
+        if !self.hand_over() {
+            // There is room when the kernel has taken what is there. EINTR, EBUSY: the next time.
+            self.uring.submit().unwrap_or(0);
+            self.hand_over();
+        }
+    }
+
+    /// Puts what waits where the kernel takes it; tells whether there was room for all of it.
+    fn hand_over(&mut self) -> bool {
+        while let Some(entry) = self.waiting.front() {
             // SAFETY: the entry's descriptor, buffer and counter belong to its flight, which is
             // dropped when the operation's last completion was seen, or never (see `drop`): until then
             // the buffer is neither moved nor freed nor looked at.
-            let pushed = unsafe { self.uring.submission().push(entry) };
-            if pushed.is_ok() {
-                return;
+            if unsafe { self.uring.submission().push(entry) }.is_err() {
+                return false;
             }
-            // There is room when the kernel has taken what is there. EINTR, EBUSY: once more.
-            self.uring.submit().unwrap_or(0);
+            self.waiting.pop_front();
         }
+        true
     }
 
     /// Hands over what was asked for and waits until something is done, the time has come, or not at
     /// all; then tells what is done, and for which device.
     pub fn turn(&mut self, until_ns: Option<u64>, mut done: impl FnMut(usize, Done)) {
+        self.hand_over();
         let waits = until_ns != Some(0) && self.uring.completion().is_empty();
         let result = if waits {
             let left = until_ns.map(|at| at.saturating_sub(now_ns()));
@@ -203,7 +217,7 @@ impl Ring {
             let (slot, gone) = (flight.slot, is_hang_up(result));
             if gone {
                 let remove = opcode::PollRemove::new(index as u64).build().user_data(OWN);
-                self.push(&remove);
+                self.push(remove);
             }
             return gone.then_some((slot, Done::HungUp(number)));
         }
