@@ -1,12 +1,12 @@
 //! An exhausted pool of huge pages: another backing or one clear line, never SIGBUS.
 
 use anyhow::{Context, Result, ensure};
+use runtime::fork::Step;
 use runtime::memory::BackingKind;
-use runtime::owner::{Owner, OwnerError};
-use runtime::proto::InstanceConfig;
+use runtime::proto::{InstanceConfig, Request};
 use tests::case::Case;
 use tests::host;
-use tests::program::{check, dirty_row};
+use tests::program::{Forked, check, dirty_row, fork};
 use tests::rig::{PATIENCE, Rig};
 
 /// Huge pages of the image.
@@ -36,26 +36,51 @@ fn at_start() -> Result<()> {
     rig.compare(child, &rig.memory(), "a child on ordinary pages")
 }
 
-/// Enough to start on, not enough to arm: an error in words, and the guest runs on.
+/// Two machines on a pool in which there is room to start both and to arm one. The other one's fork
+/// fails in words, it runs on and writes all of its memory, and it forks once the first is gone.
 fn image_alone() -> Result<()> {
-    for spare in [0, 8, IMAGE] {
-        let _pool = host::huge_pages(IMAGE + spare)?;
-        let owner = Owner::new()?;
-        let root = match owner.start(config()) {
-            Ok(root) => root,
-            Err(OwnerError::Ended { why: Some(_), .. }) => continue,
-            Err(error) => anyhow::bail!("{spare} to spare, no clear line: {error}"),
-        };
-        let seq = owner.program(root, 0, &[tests::program::fill(1), check(0)])?;
-        let before = owner.results(root, 0, seq, PATIENCE).context("before the fork")?;
-        match owner.branch(root, 1) {
-            Ok(_) => {}
-            Err(error) => ensure!(error.fork_failure().is_some(), "no step is named: {error}"),
+    // Images and the first's two reservations; then none is left for the second's own memory, or
+    // none for its zygote's.
+    for (pages, what) in [(IMAGE * 4, "its memory"), (IMAGE * 5, "its zygote")] {
+        let _pool = host::huge_pages(pages)?;
+        let config = InstanceConfig { standbys: 0, ring_entries: 1024, ..config() };
+        let first = Rig::unarmed(config.clone())?;
+        let rig = Rig::unarmed(config).context(what)?;
+        ensure!(rig.owner.with(rig.root, |known| known.notes.is_empty())?, "not on huge pages");
+        first.owner.ask(first.root, Request::Arm)?;
+        let mut memory = rig.memory();
+        for round in 1..=2_u64 {
+            fails_to_arm(&rig, round == 1).with_context(|| what.to_owned())?;
+            // More pages than its dirty ring has entries.
+            rig.run(rig.root, &[dirty_row(rig.work_pages, round, 0)]).context("writing on")?;
+            memory.dirty_row(rig.work_pages, round, 0);
+            rig.compare(rig.root, &memory, "a machine that could not be armed")?;
         }
-        let seq = owner.program(root, 0, &[check(0)])?;
-        let after = owner.results(root, 0, seq, PATIENCE).context("behind the fork")?;
-        ensure!(before[1..] == after[1..] && before[0] == after[0], "{spare} to spare: its memory");
+        drop(first);
+        let free = || host::pool("free_hugepages") - host::pool("resv_hugepages");
+        let room = tests::census::eventually(PATIENCE, || free() == 3 * IMAGE);
+        ensure!(room, "the first machine's pages do not come back");
+        for child in rig.branch(rig.root, 1).context("with room again")? {
+            rig.compare(child, &memory, "its child")?;
+        }
+        rig.compare(rig.root, &memory, "its parent")?;
     }
+    Ok(())
+}
+
+fn fails_to_arm(rig: &Rig, from_guest: bool) -> Result<()> {
+    const ENOMEM: u32 = 12;
+    if from_guest {
+        let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+        ensure!(forked.status == ENOMEM && forked.step() == Some(Step::Arm), "{forked:?}");
+        return Ok(());
+    }
+    let error = match rig.owner.branch(rig.root, 1) {
+        Ok(made) => anyhow::bail!("it could be armed: {made:?}"),
+        Err(error) => error,
+    };
+    let failure = error.fork_failure().map(|(step, errno)| (step, errno.cast_unsigned()));
+    ensure!(failure == Some((Step::Arm, ENOMEM)), "{error}");
     Ok(())
 }
 

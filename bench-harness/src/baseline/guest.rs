@@ -39,7 +39,7 @@ pub(super) fn image(kind: BackingKind, layout: RamLayout) -> Result<Image<Sealed
     page_tables(&mapping, layout);
     write(&mapping, ELF_BASE, &LOOP);
     drop(mapping);
-    Ok(image.seal()?)
+    image.seal().map_err(|unsealed| unsealed.error.into())
 }
 
 /// Identity, in pages of 2 MiB, all RAM.

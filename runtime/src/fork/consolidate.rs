@@ -115,7 +115,7 @@ fn begin(womb: &Womb) -> Result<Option<UnderWay>, MemoryError> {
             // under SCHED_IDLE a busy host would not let it give them back, nor end, for seconds.
             rustix::process::nice(NICE).unwrap_or(0);
             let written = write(&image, mapping, old, womb.owned.as_ref());
-            let sealed = written.and_then(|()| image.seal());
+            let sealed = written.and_then(|()| image.seal().map_err(|unsealed| unsealed.error));
             std::process::exit(i32::from(sealed.is_err()))
         }
     }

@@ -107,17 +107,18 @@ impl Engine {
         self.seed = Some(pages);
     }
 
-    /// In the root, with all vCPUs stopped and the image sealed: capturing starts from nothing.
+    /// In the root, with all vCPUs stopped, the image sealed and pages logged: capturing starts, and
+    /// `pages` may differ from what the image has.
     ///
     /// # Errors
     ///
-    /// What the dirty log says.
-    pub fn arm(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+    /// What `KVM_GET_IRQCHIP` says.
+    pub fn arm(&mut self, instance: &Instance, pages: Vec<u32>) -> Result<(), ForkCause> {
         for (index, to) in self.base.vcpus.iter_mut().enumerate() {
             instance.gate().with_saved(index, |saved| to.copy_from(saved));
         }
         instance.machine().save_irqchips(&mut self.base.vm)?;
-        self.seed = Some(Vec::new());
+        self.seed = Some(pages);
         self.start_capture(instance);
         Ok(())
     }
@@ -326,9 +327,19 @@ impl Engine {
     /// What the log says.
     pub fn drain(&mut self, instance: &Instance) -> Result<(), ForkCause> {
         self.start_capture(instance);
-        match &mut self.capture {
-            Some(capture) => capture.begin_round(instance.machine(), instance.ram()).map(|_| ()),
-            None => Ok(()),
+        match (&mut self.capture, &mut self.log) {
+            (Some(capture), _) => {
+                capture.begin_round(instance.machine(), instance.ram()).map(|_| ())
+            }
+            (None, Some(log)) if !instance.is_armed() => {
+                // Left over by an arming that failed. Nobody needs it: the next one looks at the
+                // memory itself.
+                let vm = instance.machine().vm();
+                log.harvest(vm, |_| ())?;
+                Ok(log.reset(vm)?)
+            }
+            // A child whose first vCPU has yet to say what it begins with: a moment later.
+            (None, _) => Ok(()),
         }
     }
 

@@ -72,6 +72,14 @@ pub struct Birth {
     pub engine: Engine,
 }
 
+/// The image of a root that has not been armed.
+#[derive(Debug)]
+struct Unarmed {
+    image: Image<Writable>,
+    /// The root's memory is a private mapping of it already: nobody writes to the image any more.
+    private: bool,
+}
+
 /// An instance, shared by its threads.
 #[derive(Debug)]
 pub struct Instance {
@@ -85,8 +93,8 @@ pub struct Instance {
     link: Link,
     gate: Gate,
     engine: Mutex<Engine>,
-    /// The root's image, until it is armed.
-    image: Mutex<Option<Image<Writable>>>,
+    /// The root's image, until it is sealed.
+    image: Mutex<Option<Unarmed>>,
     /// The sealed image, once the instance is armed.
     sealed: OnceLock<Image<Sealed>>,
     /// Taken by the control thread.
@@ -104,8 +112,8 @@ pub struct Instance {
     alive: AtomicBool,
     ready: AtomicBool,
     exit_code: AtomicI32,
-    /// Why it could not be armed; 0: it could, or was not yet.
-    arm_errno: AtomicI32,
+    /// It can fork. Children are born so.
+    armed: AtomicBool,
     standby_cpus: u64,
     /// Futex: changes when the control thread has done something that a waiting fork waits for.
     news: AtomicU32,
@@ -151,7 +159,7 @@ impl Instance {
             alive: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             exit_code: AtomicI32::new(0),
-            arm_errno: AtomicI32::new(0),
+            armed: AtomicBool::new(birth.parent.is_some()),
             news: AtomicU32::new(0),
         }))
     }
@@ -264,12 +272,18 @@ impl Instance {
         self.sealed.get_or_init(|| image);
     }
 
-    fn keep_image(&self, image: Image<Writable>) {
+    fn keep_image(&self, image: Unarmed) {
         *self.image.lock().unwrap_or_else(PoisonError::into_inner) = Some(image);
     }
 
-    fn take_image(&self) -> Option<Image<Writable>> {
+    fn take_image(&self) -> Option<Unarmed> {
         self.image.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Whether it can fork; a root cannot from the beginning.
+    #[must_use]
+    pub fn is_armed(&self) -> bool {
+        self.armed.load(Ordering::SeqCst)
     }
 
     fn take_zygote(&self) -> Option<Zygote> {

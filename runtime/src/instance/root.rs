@@ -8,7 +8,7 @@ use rustix::net::RecvFlags;
 use uuid::Uuid;
 
 use super::vcpu::Action;
-use super::{Birth, Instance};
+use super::{Birth, Instance, Unarmed};
 use crate::beacon;
 use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
@@ -18,7 +18,7 @@ use crate::fork::{
     capacity,
 };
 use crate::kvm::{Host, KvmError, Machine, MachineConfig, Vcpu, VcpuState, VmState};
-use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Writable};
+use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Unsealed, Writable};
 use crate::proto::{Envelope, Event, InstanceConfig, MAX_MESSAGE, Request};
 use crate::sys::{self, SysError, chain};
 
@@ -123,7 +123,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
         zygote,
         engine: Engine::new(log, base),
     })?;
-    instance.keep_image(image);
+    instance.keep_image(Unarmed { image, private: false });
     load_guest(&instance, layout, &mut vcpus)?;
     instance.come_alive();
     if let Some(text) = note {
@@ -221,50 +221,65 @@ fn image(kind: BackingKind, bytes: u64) -> Result<(Image<Writable>, Option<Strin
 }
 
 /// Makes a root forkable; tells whether it was not before. Children are born armed.
+///
+/// What has been done before a step fails is kept or undone, so that the guest runs on as before and
+/// the next call can succeed: a pool of huge pages that is empty now need not be later.
 pub(super) fn arm(instance: &Instance, keeper: &mut Keeper) -> Result<bool, ForkError> {
     let at = |cause: ForkCause| ForkError { step: Step::Arm, cause };
-    let Some(image) = instance.take_image() else {
-        // Half armed is not armed.
-        return match instance.arm_errno.load(Ordering::SeqCst) {
-            0 => Ok(false),
-            errno => Err(at(ForkCause::Child { errno })),
-        };
-    };
-    if let Err(error) = instance.link().header().fault.check(Step::Arm) {
-        instance.keep_image(image);
-        return Err(error);
+    if instance.is_armed() {
+        return Ok(false);
     }
-    let stopped = instance.gate().stop(None, std::time::Duration::from_secs(1));
-    let Some(stopped) = stopped else {
-        instance.keep_image(image);
-        return Err(at(ForkCause::Timeout { waited_ms: 1000 }));
-    };
+    instance.link().header().fault.check(Step::Arm)?;
+    let stopped = instance
+        .gate()
+        .stop(None, std::time::Duration::from_secs(1))
+        .ok_or_else(|| at(ForkCause::Timeout { waited_ms: 1000 }))?;
     // What a device writes while the mapping is replaced would be lost.
     let devices = instance.quiet_devices();
-    let armed = make_forkable(instance, keeper, image);
+    let armed = make_forkable(instance, keeper);
     drop(devices);
     drop(stopped);
-    armed.map(|()| true).map_err(|cause| {
-        instance.arm_errno.store(cause.errno(), Ordering::SeqCst);
-        at(cause)
-    })
+    armed.map_err(at)?;
+    instance.armed.store(true, Ordering::SeqCst);
+    Ok(true)
 }
 
-/// With all vCPUs stopped. What cannot be done here cannot be done later.
-fn make_forkable(
-    instance: &Instance,
-    keeper: &mut Keeper,
-    image: Image<Writable>,
-) -> Result<(), ForkCause> {
-    instance.machine().track(instance.mapping())?;
-    instance.mapping().make_private(image.file())?;
-    let sealed = image.seal()?;
-    let adopted = keeper.zygote().adopt(&sealed);
-    instance.keep_sealed(sealed);
-    match adopted {
+/// With all vCPUs stopped.
+fn make_forkable(instance: &Instance, keeper: &mut Keeper) -> Result<(), ForkCause> {
+    let fresh = seal(instance)?;
+    let sealed = instance.sealed().ok_or(ForkCause::Died)?;
+    match keeper.zygote().adopt(sealed) {
         // The keeper raises another one when it needs it.
         Ok(()) | Err(ForkCause::ZygoteGone) => {}
         Err(cause) => return Err(cause),
     }
-    instance.engine().arm(instance)
+    // What the guest wrote since a step failed an earlier time, its zygote has not.
+    let pages = if fresh { Vec::new() } else { instance.mapping().private_pages()? };
+    // Last: while pages are logged and nobody harvests, the ring fills up and the guest stands still.
+    // Nothing is lost before, because no vCPU runs.
+    let tracked = instance.machine().track(instance.mapping(), true).map_err(ForkCause::from);
+    tracked.and_then(|()| instance.engine().arm(instance, pages)).inspect_err(|_| {
+        // If this fails too, a ring that fills up is emptied for nothing, see `Engine::drain`.
+        instance.machine().track(instance.mapping(), false).unwrap_or(());
+    })
+}
+
+/// Makes the memory of this instance private, and its image what it was until now, for ever. Tells
+/// whether all of it was done now: no page differs from the image then.
+fn seal(instance: &Instance) -> Result<bool, ForkCause> {
+    let Some(Unarmed { image, private }) = instance.take_image() else { return Ok(false) };
+    if !private && let Err(error) = instance.mapping().make_private(image.file()) {
+        instance.keep_image(Unarmed { image, private });
+        return Err(error.into());
+    }
+    match image.seal() {
+        Ok(sealed) => {
+            instance.keep_sealed(sealed);
+            Ok(!private)
+        }
+        Err(Unsealed { image, error }) => {
+            instance.keep_image(Unarmed { image, private: true });
+            Err(error.into())
+        }
+    }
 }

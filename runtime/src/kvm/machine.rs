@@ -209,13 +209,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts dirty tracking on a machine made without it.
+    /// Starts dirty tracking on a machine made without it, or ends it again.
     ///
     /// # Errors
     ///
     /// What `KVM_SET_USER_MEMORY_REGION` says.
-    pub fn track(&self, mapping: &Mapping) -> Result<(), KvmError> {
-        self.set_memslots(mapping, true)
+    pub fn track(&self, mapping: &Mapping, on: bool) -> Result<(), KvmError> {
+        self.set_memslots(mapping, on)
     }
 
     /// The VM's descriptor, for the dirty log.

@@ -25,6 +25,15 @@ pub struct Image<State> {
     state: PhantomData<State>,
 }
 
+/// An image that could not be sealed.
+#[derive(Debug)]
+pub struct Unsealed {
+    /// As it was.
+    pub image: Image<Writable>,
+    /// Why not.
+    pub error: MemoryError,
+}
+
 impl<State> Image<State> {
     /// Its backing.
     #[must_use]
@@ -79,24 +88,34 @@ impl Image<Writable> {
     ///
     /// # Errors
     ///
-    /// `EBUSY` if somebody can still write to it.
-    pub fn seal(self) -> Result<Image<Sealed>, MemoryError> {
-        let sealing = |source| MemoryError::Memfd {
-            what: "sealing",
-            requested_mib: self.bytes >> 20,
-            source,
-        };
-        let memfd = Memfd::try_from_fd(self.file.try_clone().map_err(sealing)?)
-            .map_err(|_| sealing(std::io::ErrorKind::InvalidInput.into()))?;
+    /// `EBUSY` if somebody can still write to it. The image comes back, and can be sealed later.
+    pub fn seal(self) -> Result<Image<Sealed>, Unsealed> {
+        match self.add_seals() {
+            Ok(()) => Ok(Image {
+                file: self.file,
+                bytes: self.bytes,
+                kind: self.kind,
+                state: PhantomData,
+            }),
+            Err(source) => {
+                let requested_mib = self.bytes >> 20;
+                let error = MemoryError::Memfd { what: "sealing", requested_mib, source };
+                Err(Unsealed { image: self, error })
+            }
+        }
+    }
+
+    fn add_seals(&self) -> std::io::Result<()> {
+        let memfd = Memfd::try_from_fd(self.file.try_clone()?)
+            .map_err(|_| std::io::Error::from(std::io::ErrorKind::InvalidInput))?;
         memfd
             .add_seals(&[FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealWrite])
             .and_then(|()| memfd.add_seal(FileSeal::SealSeal))
             .map_err(|error| match error {
                 memfd::Error::Create(source)
                 | memfd::Error::AddSeals(source)
-                | memfd::Error::GetSeals(source) => sealing(source),
-            })?;
-        Ok(Image { file: self.file, bytes: self.bytes, kind: self.kind, state: PhantomData })
+                | memfd::Error::GetSeals(source) => source,
+            })
     }
 
     /// Takes the image as sealed by another process.

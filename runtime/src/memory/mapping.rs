@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
 
 use super::{BackingKind, MemoryError, PAGE};
 use crate::sys::SysError;
@@ -34,7 +34,7 @@ impl Mapping {
         bytes: u64,
         kind: BackingKind,
     ) -> Result<Self, MemoryError> {
-        Self::map(file, bytes, kind, MapFlags::SHARED, None)
+        Self::map(file, bytes, kind, MapFlags::SHARED)
     }
 
     pub(super) fn private(
@@ -42,7 +42,7 @@ impl Mapping {
         bytes: u64,
         kind: BackingKind,
     ) -> Result<Self, MemoryError> {
-        Self::map(file, bytes, kind, MapFlags::PRIVATE, None)
+        Self::map(file, bytes, kind, MapFlags::PRIVATE)
     }
 
     fn map(
@@ -50,27 +50,19 @@ impl Mapping {
         bytes: u64,
         kind: BackingKind,
         flags: MapFlags,
-        at: Option<NonNull<u8>>,
     ) -> Result<Self, MemoryError> {
-        let len = usize::try_from(bytes).map_err(|_| SysError {
-            call: "mmap",
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        })?;
-        let (hint, fixed) = match at {
-            Some(address) => (address.as_ptr().cast(), MapFlags::FIXED),
-            None => (std::ptr::null_mut(), MapFlags::empty()),
-        };
-        // SAFETY: without `at` the kernel picks a free range; with it the range is our own old
-        // mapping of the same size, which this one replaces and which nobody holds references to.
-        let address = unsafe {
-            rustix::mm::mmap(hint, len, ProtFlags::READ | ProtFlags::WRITE, flags | fixed, file, 0)
-        }
-        .map_err(SysError::new("mmap"))?;
-        let address = NonNull::new(address.cast::<u8>())
-            .ok_or(SysError { call: "mmap", source: std::io::ErrorKind::OutOfMemory.into() })?;
+        let no_memory =
+            || SysError { call: "mmap", source: std::io::ErrorKind::OutOfMemory.into() };
+        let len = usize::try_from(bytes).map_err(|_| no_memory())?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: the kernel picks a free range.
+        let address =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) }
+                .map_err(SysError::new("mmap"))?;
+        let address = NonNull::new(address.cast::<u8>()).ok_or_else(no_memory)?;
         let mapping = Self { address, bytes: len, kind };
         if kind.backing().advise_huge() {
-            // Without it pages are small. The mapping is in place: there is no way back.
+            // Without it pages are small.
             mapping.advise(0, len, Advice::LinuxHugepage).unwrap_or(());
         }
         Ok(mapping)
@@ -82,14 +74,27 @@ impl Mapping {
     /// No vCPU may run meanwhile: a guest write between the last shared and the first private
     /// moment would hit a hole.
     ///
+    /// The private mapping is made elsewhere and then moved into place. Mapped over the old one at
+    /// once it would leave a hole if it could not be had: for a file of huge pages, mmap(2) unmaps
+    /// what is there before it asks the pool for the reservation (`__mmap_region` in mm/vma.c, then
+    /// `hugetlbfs_file_mmap`, Linux 6.18). To move huge pages needs Linux 5.16.
+    ///
     /// # Errors
     ///
-    /// What mmap(2) says; the old mapping then still stands.
+    /// What mmap(2) says, `ENOMEM` for one if the pool has too few huge pages to reserve; or
+    /// mremap(2). The old mapping then still stands.
     pub fn make_private(&self, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
-        let replaced =
-            Self::map(file, self.bytes as u64, self.kind, MapFlags::PRIVATE, Some(self.address))?;
-        // The old value describes the same range, so exactly one of the two may unmap it.
-        std::mem::forget(replaced);
+        let private = Self::map(file, self.bytes as u64, self.kind, MapFlags::PRIVATE)?;
+        let (from, to) = (private.address.as_ptr().cast(), self.address.as_ptr().cast());
+        // SAFETY: the source is a mapping of our own that nothing refers to yet. The target is
+        // another one of the same size, page-aligned and apart from it, to whose contents nobody
+        // holds references; what is there now has the same contents.
+        let moved = unsafe {
+            rustix::mm::mremap_fixed(from, self.bytes, self.bytes, MremapFlags::MAYMOVE, to)
+        };
+        moved.map_err(SysError::new("mremap"))?;
+        // It lies where `self` does, which unmaps it.
+        std::mem::forget(private);
         Ok(())
     }
 

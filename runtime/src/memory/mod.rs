@@ -23,7 +23,7 @@ mod uffd;
 pub use backing::{Backing, BackingKind, MemoryError};
 pub use device_dirty::DeviceDirty;
 pub use guest::{GuestRam, guest_ram};
-pub use image::{Image, Sealed, Writable};
+pub use image::{Image, Sealed, Unsealed, Writable};
 pub use layout::{PAGE, RamLayout, RamRange};
 pub use mapping::{Mapping, prefetch_page};
 pub use uffd::{Copied, Uffd};
