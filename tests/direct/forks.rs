@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use runtime::owner::OwnerError;
-use runtime::proto::InstanceConfig;
+use guest_abi::entry::PARAM;
+use runtime::owner::{Owner, OwnerError};
+use runtime::proto::{InstanceConfig, WireStep};
 use tests::case::Case;
 use tests::elf::Elf;
-use tests::program::{Forked, Side, again, check, count, dirty, exit, fork, peek};
+use tests::program::{Forked, Side, again, check, count, dirty, exit, fork, peek, poke};
 use tests::rig::{PATIENCE, Rig};
 use uuid::Uuid;
 
@@ -23,6 +24,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("forks::children_fork_at_once_to_depth_16", nested),
         Case::new("forks::the_host_forks_a_guest_that_never_exits", spinning),
         Case::new("forks::the_host_forks_a_parked_guest", parked),
+        Case::new("forks::the_host_forks_a_guest_that_has_just_been_started", newborn),
         Case::new("forks::each_machine_has_its_own_exit_code", exit_codes),
         Case::new("forks::an_announced_fork_works_like_any_other", announced),
     ]);
@@ -70,6 +72,27 @@ fn fan_out(children: u32) -> Result<()> {
     ensure!(branched.len() == children as usize, "{} children", branched.len());
     for child in [branched.first(), branched.last()].into_iter().flatten() {
         rig.compare(*child, &memory, "a child from the host")?;
+    }
+    Ok(())
+}
+
+/// Whose vCPUs may not have run yet: all that is known of them is how they begin.
+fn newborn() -> Result<()> {
+    for vcpus in [1, 2, 1, 2, 1] {
+        let owner = Owner::new()?;
+        let root = owner.start(InstanceConfig { memory_mib: 16, vcpus, ..<_>::default() })?;
+        let made = owner.branch(root, 1)?;
+        for machine in made.into_iter().chain([root]) {
+            owner.wait_for(machine, PATIENCE)?;
+            for vcpu in 0..vcpus {
+                let run = |steps: &[WireStep]| -> Result<u64> {
+                    let seq = owner.program(machine, vcpu, steps)?;
+                    Ok(owner.results(machine, vcpu, seq, PATIENCE)?[0])
+                };
+                let word = run(&[peek(PARAM + 8, 0)])? + 8;
+                ensure!(run(&[poke(word, 7), peek(word, 0)])? == 7, "vCPU {vcpu} of {vcpus}");
+            }
+        }
     }
     Ok(())
 }

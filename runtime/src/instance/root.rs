@@ -125,6 +125,11 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     })?;
     instance.keep_image(Unarmed { image, private: false });
     load_guest(&instance, layout, &mut vcpus)?;
+    for vcpu in &mut vcpus {
+        // A fork finds registers where KVM leaves them at an exit. One may be asked for before this
+        // vCPU has run, so it makes an exit now.
+        vcpu.warm_up()?;
+    }
     instance.come_alive();
     if let Some(text) = note {
         instance.post(Event::Note { text });
