@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use guest_abi::param::ParamPage;
 use runtime::kvm::DirtyMode;
 use runtime::proto::{InstanceConfig, Request};
@@ -51,6 +51,12 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("isolation::the_parent_writes_as_fast_as_it_can_small_ring", move || {
             busy(writing(DirtyMode::Ring, 1024), 10_000_000)
+        }),
+        Case::new("forks::three_vcpus_write_as_fast_as_they_can_small_ring", || {
+            crowd(DirtyMode::Ring)
+        }),
+        Case::new("forks::three_vcpus_write_as_fast_as_they_can_bitmap", || {
+            crowd(DirtyMode::Bitmap)
         }),
     ]
 }
@@ -135,6 +141,40 @@ fn busy(config: InstanceConfig, per_second: u64) -> Result<()> {
     memory.dirty(100, 9999, 9);
     for child in rig.branch(rig.root, 1)? {
         rig.compare(child, &memory, "a child of a machine that is not synced any more")?;
+    }
+    Ok(())
+}
+
+/// What they write between the look at what is dirty and their stop finds room: a fork waits for it,
+/// and does not fail.
+fn crowd(dirty: DirtyMode) -> Result<()> {
+    const FORKS: u32 = 24;
+    let config = InstanceConfig {
+        memory_mib: 64,
+        vcpus: 4,
+        dirty,
+        ring_entries: 1024,
+        child_ring_entries: 1024,
+        ..<_>::default()
+    };
+    let rig = Rig::new(config)?;
+    for number in 1..=FORKS {
+        let mut writers = Vec::new();
+        for vcpu in 1..4 {
+            let writing = rate(rig.ticks(40), number.into(), vcpu.into(), 10_000_000, 0);
+            writers.push((vcpu, rig.begin(rig.root, vcpu, &[writing])?));
+        }
+        let child = if number.is_multiple_of(2) {
+            rig.branch(rig.root, 1).with_context(|| format!("fork {number}"))?[0]
+        } else {
+            let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+            ensure!(forked.status == 0, "fork {number}: {forked:?}");
+            forked.child
+        };
+        rig.kill(child)?;
+        for (vcpu, seq) in writers {
+            rig.results(rig.root, vcpu, seq)?;
+        }
     }
     Ok(())
 }

@@ -204,10 +204,12 @@ impl Capture {
         if self.stale.list.is_empty() { Copying::Done } else { Copying::More }
     }
 
-    /// Whether all that is known to be dirty fits into the journal.
+    /// Whether all that is known to be dirty fits into the journal, and what vCPUs other than `own`
+    /// may write before they have stopped. After a round that was waited for it does, however small
+    /// the rings are: the journal holds twice their entries.
     #[must_use]
-    pub fn fits(&self, link: &Link) -> bool {
-        self.pending() <= self.room_left(link)
+    pub fn fits(&self, link: &Link, own: Option<usize>) -> bool {
+        self.pending() + self.log.still_to_come(own) <= self.room_left(link)
     }
 
     fn room_left(&self, link: &Link) -> usize {

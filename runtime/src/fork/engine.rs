@@ -156,7 +156,7 @@ impl Engine {
                 capture
                     .harvest(instance.machine(), instance.ram())
                     .map_err(ForkError::at(Step::Take))?;
-                capture.fits(link)
+                capture.fits(link, vcpu)
             }
             None => false,
         };
@@ -358,6 +358,11 @@ impl Engine {
                 sys::futex_wake(&slot.word);
             }
         }
+    }
+
+    /// A fork found more dirty pages than fit into the journal: the next one waits for a sync round.
+    pub fn want_round(&mut self) {
+        self.wants_round = true;
     }
 
     /// Whether a fork waits for standbys.

@@ -330,7 +330,7 @@ impl Keeper {
             }
             engine = instance.engine();
         };
-        engine.wants_round = false;
+        let waited_for = std::mem::take(&mut engine.wants_round);
         drop(engine);
         self.rounds += 1;
         self.synced_pages += pages as u64;
@@ -340,6 +340,11 @@ impl Keeper {
         let mut engine = instance.engine();
         Self::sync_standbys(link, &engine, head);
         self.rewind(link, &mut engine);
+        drop(engine);
+        if waited_for {
+            // For the room in the journal, not for the round.
+            self.catch_up(instance, head)?;
+        }
         Ok(())
     }
 

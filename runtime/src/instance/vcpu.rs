@@ -372,7 +372,7 @@ impl Instance {
         children: u32,
         doorbell_ns: u64,
         mut wait: impl FnMut(&mut Option<&mut Vcpu>),
-        hurry: impl FnOnce(),
+        mut hurry: impl FnMut(),
     ) -> Result<Vec<crate::fork::Identity>, ForkError> {
         if children == 0 || children > port::MAX_CHILDREN {
             let cause = ForkCause::Children { requested: children, most: port::MAX_CHILDREN };
@@ -383,46 +383,59 @@ impl Instance {
             Some(vcpu) => self.engine_for(vcpu),
             None => self.engine(),
         };
-        let mut engine = lock(&mut vcpu);
-        let failures = engine.prewarm_failures();
-        while !engine.take(self, children as usize, own, doorbell_ns)? {
-            if let Some(error) = engine.prewarm_failure_after(failures) {
+        let mut again = true;
+        loop {
+            let mut engine = lock(&mut vcpu);
+            let failures = engine.prewarm_failures();
+            while !engine.take(self, children as usize, own, doorbell_ns)? {
+                if let Some(error) = engine.prewarm_failure_after(failures) {
+                    return Err(error);
+                }
+                let waited = now_ns() - doorbell_ns;
+                if waited > STANDBY_NS || self.gate.quitting() {
+                    let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
+                    return Err(ForkError { step: Step::Take, cause });
+                }
+                drop(engine);
+                wait(&mut vcpu);
+                engine = lock(&mut vcpu);
+            }
+            hurry();
+            let error = match engine.fork(self, vcpu.as_deref_mut(), doorbell_ns) {
+                Ok(()) => return self.forked(&mut engine, own),
+                Err(error) => error,
+            };
+            engine.abort(self, &error);
+            self.link.ring();
+            if !again || !matches!(error.cause, ForkCause::JournalFull { .. }) {
                 return Err(error);
             }
-            let waited = now_ns() - doorbell_ns;
-            if waited > STANDBY_NS || self.gate.quitting() {
-                let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
-                return Err(ForkError { step: Step::Take, cause });
-            }
-            drop(engine);
-            wait(&mut vcpu);
-            engine = lock(&mut vcpu);
+            // The other vCPUs wrote faster than could be known before they stopped. Once: a round
+            // makes room for twice what they had written.
+            again = false;
+            engine.want_round();
         }
-        hurry();
-        match engine.fork(self, vcpu, doorbell_ns) {
-            Ok(()) => {
-                let identities = engine.children();
-                if let Some(own) = own {
-                    // While nobody else can conclude the fork.
-                    self.set_answer(own, Answer::parent(&self.identity, &identities));
-                    return Ok(identities);
-                }
-                // The host asks once, and hears how it ended: before anybody else forks.
-                self.gate.wait_resumed();
-                self.link.fork().stamps.raise(Moment::Resumed, now_ns());
-                engine.conclude(self);
-                match engine.last_failure() {
-                    None => Ok(identities),
-                    Some((step, errno)) => {
-                        Err(ForkError { step, cause: ForkCause::Child { errno } })
-                    }
-                }
-            }
-            Err(error) => {
-                engine.abort(self, &error);
-                self.link.ring();
-                Err(error)
-            }
+    }
+
+    /// The parent's side of the fork is made: what there is to say to who asked for it.
+    fn forked(
+        &self,
+        engine: &mut Engine,
+        own: Option<usize>,
+    ) -> Result<Vec<crate::fork::Identity>, ForkError> {
+        let identities = engine.children();
+        if let Some(own) = own {
+            // While nobody else can conclude the fork.
+            self.set_answer(own, Answer::parent(&self.identity, &identities));
+            return Ok(identities);
+        }
+        // The host asks once, and hears how it ended: before anybody else forks.
+        self.gate.wait_resumed();
+        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+        engine.conclude(self);
+        match engine.last_failure() {
+            None => Ok(identities),
+            Some((step, errno)) => Err(ForkError { step, cause: ForkCause::Child { errno } }),
         }
     }
 

@@ -59,6 +59,8 @@ struct Ring {
     entries: NonNull<Gfn>,
     count: u32,
     next: u32,
+    /// Entries before this one have been given back to the kernel.
+    given_back: u32,
 }
 
 // SAFETY: the ring is shared with the kernel and accessed by atomics only.
@@ -85,7 +87,12 @@ impl Ring {
             name: "mmap of a dirty ring",
             source: std::io::ErrorKind::OutOfMemory.into(),
         })?;
-        Ok(Self { entries, count, next: 0 })
+        Ok(Self { entries, count, next: 0, given_back: 0 })
+    }
+
+    /// Entries that the kernel can still write.
+    fn free(&self) -> u32 {
+        self.count.saturating_sub(self.next.wrapping_sub(self.given_back))
     }
 
     /// Takes the next logged page.
@@ -185,6 +192,19 @@ impl DirtyLog {
         Ok(())
     }
 
+    /// Most pages that vCPUs other than `own` can log before one of them is stopped by a full ring.
+    /// The bitmap has no such limit: 0.
+    #[must_use]
+    pub fn still_to_come(&self, own: Option<usize>) -> usize {
+        match &self.source {
+            Source::Ring(rings) => {
+                let others = rings.iter().enumerate().filter(|(index, _)| Some(*index) != own);
+                others.map(|(_, ring)| ring.free() as usize).sum()
+            }
+            Source::Bitmap { .. } => 0,
+        }
+    }
+
     /// Write-protects all harvested pages again. When it returns, a write to any of them is logged.
     ///
     /// # Errors
@@ -194,10 +214,16 @@ impl DirtyLog {
         // The flags set by `take` must be visible before the kernel looks for them.
         fence(Ordering::SeqCst);
         match &mut self.source {
-            Source::Ring(_) => {
+            Source::Ring(rings) => {
                 // SAFETY: no argument.
                 let result = timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) });
-                if result < 0 { Err(last("KVM_RESET_DIRTY_RINGS")) } else { Ok(()) }
+                if result < 0 {
+                    return Err(last("KVM_RESET_DIRTY_RINGS"));
+                }
+                for ring in rings {
+                    ring.given_back = ring.next;
+                }
+                Ok(())
             }
             Source::Bitmap { pending, .. } => {
                 for ((slot, range), map) in (0_u32..).zip(self.layout.ranges()).zip(pending) {
