@@ -15,6 +15,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("state::a_vcpu_blocked_in_pause_goes_on_in_both", paused),
         Case::new("state::a_vcpu_parked_at_the_fork_takes_programs_in_both", parked),
         Case::new("state::the_second_vcpu_forks", second),
+        Case::new("forks::a_pause_ends_with_the_last_vcpu", late),
     ]
 }
 
@@ -154,5 +155,32 @@ fn second() -> Result<()> {
         }
         rig.kill_children()?;
     }
+    Ok(())
+}
+
+/// Four vCPUs that share a processor cannot all be back in the guest when the children are: the last
+/// one has to wait for its turns.
+fn late() -> Result<()> {
+    const FORKS: u64 = 8;
+    // Less than a turn of the scheduler, more than a fork takes.
+    const TURN_NS: u64 = 500_000;
+    let all = runtime::sys::affinity();
+    let vcpu_cpus = all & all.wrapping_neg();
+    let rig = Rig::new(InstanceConfig { memory_mib: 32, vcpus: 4, vcpu_cpus, ..<_>::default() })?;
+    for vcpu in 1..4 {
+        let place = rig.address(10 * u64::from(vcpu), 3);
+        rig.begin(rig.root, vcpu, &[count(rig.ticks(3000), place, 0)])?;
+    }
+    let mut late = 0;
+    for _ in 0..FORKS {
+        let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+        ensure!(forked.status == 0, "{forked:?}");
+        let report = rig.owner.next_fork(rig.root, tests::rig::PATIENCE)?;
+        let (released, resumed) = (report.parent.released, report.parent.resumed);
+        ensure!(resumed >= released, "{:?}", report.parent);
+        late += u64::from(resumed - released > TURN_NS);
+        rig.kill(forked.child)?;
+    }
+    ensure!(late > FORKS / 2, "the last vCPU was back at once in all but {late} of {FORKS} forks");
     Ok(())
 }

@@ -177,9 +177,26 @@ impl Engine {
             requested: u32::try_from(children).unwrap_or(u32::MAX),
             ..ForkReport::default()
         };
+        // The next stamps take the place of its.
+        self.note_resumed(instance);
         let live = Vec::with_capacity(children);
         self.flights.push(Flight { handles, doorbell_ns, vcpu, live, report, decided: false });
         Ok(true)
+    }
+
+    /// Notes when the last vCPU of the last fork's parent was back in the guest; one that is not yet
+    /// has been away at least until now.
+    fn note_resumed(&mut self, instance: &Instance) {
+        let block = instance.link().fork();
+        if let Some(flight) = self.flights.last_mut()
+            && flight.decided
+            && flight.report.number == block.number.load(Ordering::Relaxed)
+        {
+            if !instance.gate().all_back() {
+                block.stamps.raise(Moment::Resumed, now_ns());
+            }
+            flight.report.parent = ForkReport::parent_moments(block);
+        }
     }
 
     /// Drops standbys that died while they were parked, among those that the next fork would take.
@@ -320,27 +337,33 @@ impl Engine {
         *last = Some((error.step, error.cause.errno()));
     }
 
-    /// Takes the log's contents when its ring is full, so that the guest can go on.
+    /// Takes the log's contents when its ring is full, so that the guest can go on; tells whether it
+    /// can. While a fork waits for room in the journal it cannot: guests that write all the time
+    /// would fill it faster than it is emptied, if their rings are small.
     ///
     /// # Errors
     ///
     /// What the log says.
-    pub fn drain(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+    pub fn drain(&mut self, instance: &Instance) -> Result<bool, ForkCause> {
         self.start_capture(instance);
+        if self.wants_round {
+            return Ok(false);
+        }
         match (&mut self.capture, &mut self.log) {
             (Some(capture), _) => {
-                capture.begin_round(instance.machine(), instance.ram()).map(|_| ())
+                capture.begin_round(instance.machine(), instance.ram())?;
             }
             (None, Some(log)) if !instance.is_armed() => {
                 // Left over by an arming that failed. Nobody needs it: the next one looks at the
                 // memory itself.
                 let vm = instance.machine().vm();
                 log.harvest(vm, |_| ())?;
-                Ok(log.reset(vm)?)
+                log.reset(vm)?;
             }
             // A child whose first vCPU has yet to say what it begins with: a moment later.
-            (None, _) => Ok(()),
+            (None, _) => {}
         }
+        Ok(true)
     }
 
     /// Wakes the standby that the next fork will take first, to spin for `window_us`. A guest that
@@ -415,7 +438,16 @@ impl Engine {
         for flight in &mut self.flights {
             flight.collect(link);
         }
-        let over = |flight: &mut Flight| flight.decided && flight.handles.is_empty();
+        let last = link.fork().number.load(Ordering::Relaxed);
+        let back = instance.gate().all_back();
+        if back {
+            self.note_resumed(instance);
+        }
+        // A fork is not over before all vCPUs of the parent are back; of those before the last it was
+        // noted when the next began.
+        let over = |flight: &mut Flight| {
+            flight.decided && flight.handles.is_empty() && (back || flight.report.number != last)
+        };
         let reports: Vec<_> = self
             .flights
             .extract_if(.., over)
@@ -432,6 +464,11 @@ impl Engine {
     /// Whether forks are under way.
     pub(super) fn in_flight(&self) -> bool {
         !self.flights.is_empty()
+    }
+
+    /// Whether all children of a fork live, and vCPUs of the parent have yet to come back.
+    pub(super) fn waits_for_vcpus(&self) -> bool {
+        self.flights.iter().any(|flight| flight.decided && flight.handles.is_empty())
     }
 }
 

@@ -40,6 +40,8 @@ const ROUND_AFTER_FORK: Duration = Duration::from_millis(4);
 const RETRY: Duration = Duration::from_millis(200);
 /// How often forks under way are looked at when nothing is heard of them.
 const UNTOLD: Duration = Duration::from_millis(20);
+/// The same when only vCPUs are to enter the guest again.
+const RESUMED: Duration = Duration::from_millis(1);
 /// How long the readers of a full journal may take.
 const CATCH_UP_MS: u64 = 10_000;
 /// Standbys after which the list of regions where the guest is active begins anew.
@@ -330,7 +332,7 @@ impl Keeper {
             }
             engine = instance.engine();
         };
-        let waited_for = std::mem::take(&mut engine.wants_round);
+        let waited_for = engine.wants_round;
         drop(engine);
         self.rounds += 1;
         self.synced_pages += pages as u64;
@@ -340,10 +342,14 @@ impl Keeper {
         let mut engine = instance.engine();
         Self::sync_standbys(link, &engine, head);
         self.rewind(link, &mut engine);
+        let fits = engine.capture.as_ref().is_none_or(|capture| capture.fits(link, None));
         drop(engine);
         if waited_for {
-            // For the room in the journal, not for the round.
-            self.catch_up(instance, head)?;
+            // Until there is room in the journal, a vCPU whose ring is full stands still.
+            if !fits {
+                self.catch_up(instance, head)?;
+            }
+            instance.engine().wants_round = false;
         }
         Ok(())
     }
@@ -473,6 +479,10 @@ impl Keeper {
 
     fn next_look(&self, instance: &Instance) -> Option<Duration> {
         let engine = instance.engine();
+        if engine.waits_for_vcpus() {
+            // Which say nothing, as they have better things to do.
+            return Some(RESUMED);
+        }
         if engine.in_flight() || !self.leaving.is_empty() {
             // What they do is told by the bell and the lines; this is for what nobody tells.
             return Some(UNTOLD);

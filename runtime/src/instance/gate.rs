@@ -53,6 +53,8 @@ struct Seat {
     bell: AtomicU32,
     /// A held vCPU whose condition came true sleeps until it is released.
     waits_for_release: AtomicBool,
+    /// It left the guest for a fork, and is not back yet.
+    away: AtomicBool,
     /// State at the last stop; written by the vCPU's thread, read by whoever stopped it.
     saved: Mutex<Box<VcpuState>>,
 }
@@ -76,6 +78,7 @@ impl Gate {
             state: AtomicU32::new(STARTING),
             bell: AtomicU32::new(0),
             waits_for_release: AtomicBool::new(false),
+            away: AtomicBool::new(false),
             saved: Mutex::default(),
         };
         Self {
@@ -125,6 +128,23 @@ impl Gate {
         while self.vcpus.iter().any(stopped) && now_ns() - begin < 10 * SPIN_NS {
             std::hint::spin_loop();
         }
+    }
+
+    /// From now on vCPU `index` is out of the guest because of a fork.
+    pub fn leave(&self, index: usize) {
+        self.vcpus[index].away.store(true, Ordering::SeqCst);
+    }
+
+    /// It has done what it had to, and has stamped when.
+    pub fn back(&self, index: usize) {
+        self.vcpus[index].away.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether no vCPU is out of the guest because of a fork. Of those that wait in the runtime for
+    /// something else, none is; nor while somebody keeps the gate closed after the fork.
+    #[must_use]
+    pub fn all_back(&self) -> bool {
+        self.is_closed() || self.vcpus.iter().all(|seat| !seat.away.load(Ordering::SeqCst))
     }
 
     /// Whether vCPU `index` has to stop before it enters the guest again.

@@ -26,6 +26,9 @@ const STANDBY_NS: u64 = 20_000_000_000;
 const ENGINE_SPIN_NS: u64 = 50_000;
 const ENGINE_POLL: Duration = Duration::from_micros(100);
 
+/// How often a vCPU whose dirty ring is full looks whether a sync round has emptied it.
+const ROUND_POLL: Duration = Duration::from_micros(500);
+
 /// How often a vCPU looks whether the owner has read something.
 const OUTBOX_POLL: Duration = Duration::from_millis(1);
 
@@ -103,9 +106,16 @@ impl Instance {
         if !self.save(vcpu) {
             return false;
         }
+        self.gate.leave(index);
         self.gate.stop_here(index);
-        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+        self.resumed(index);
         !self.gate.quitting()
+    }
+
+    /// vCPU `index` is about to enter the guest again after a fork.
+    fn resumed(&self, index: usize) {
+        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+        self.gate.back(index);
     }
 
     fn save(&self, vcpu: &mut Vcpu) -> bool {
@@ -293,10 +303,14 @@ impl Instance {
         let mut saved = false;
         loop {
             if let Some(engine) = self.try_engine() {
+                if saved {
+                    self.resumed(index);
+                }
                 return engine;
             }
             if self.gate.is_closed() {
                 saved = saved || self.save(vcpu);
+                self.gate.leave(index);
                 self.gate.block(index, Some(ENGINE_POLL), || false);
             } else if now_ns() - begin > ENGINE_SPIN_NS {
                 self.gate.nap(index, ENGINE_POLL);
@@ -308,8 +322,14 @@ impl Instance {
     /// Takes the contents of the full dirty ring, so that the guest can go on.
     fn drain_ring(&self, vcpu: &mut Vcpu) {
         let drained = self.engine_for(vcpu).drain(self);
-        if let Err(cause) = drained {
-            self.exit(CRASHED, Some(chain(&cause)));
+        match drained {
+            Ok(true) => {}
+            Ok(false) => {
+                if self.save(vcpu) {
+                    self.gate.block(vcpu.index() as usize, Some(ROUND_POLL), || false);
+                }
+            }
+            Err(cause) => self.exit(CRASHED, Some(chain(&cause))),
         }
     }
 
@@ -357,7 +377,7 @@ impl Instance {
             let answer = Answer::failed(&self.identity, error.cause.errno(), error.step as u32);
             self.set_answer(index, answer);
         }
-        self.link.fork().stamps.raise(Moment::Resumed, now_ns());
+        self.resumed(index);
     }
 
     /// Forks: waits for enough standbys by calling `wait` again and again, then calls `hurry` and
@@ -401,6 +421,9 @@ impl Instance {
                 engine = lock(&mut vcpu);
             }
             hurry();
+            if let Some(own) = own {
+                self.gate.leave(own);
+            }
             let error = match engine.fork(self, vcpu.as_deref_mut(), doorbell_ns) {
                 Ok(()) => return self.forked(&mut engine, own),
                 Err(error) => error,
