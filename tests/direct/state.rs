@@ -3,14 +3,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use runtime::kvm::{DirtyMode, Host, Machine, MachineConfig, Vcpu, VcpuState};
-use runtime::memory::{BackingKind, Image, RamLayout};
+use guest_abi::entry::ELF_BASE;
+use kvm_bindings::kvm_regs;
+use runtime::boot::{self, Loaded};
+use runtime::kvm::{DirtyMode, Host, Machine, MachineConfig, Vcpu, VcpuState, VmState};
+use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
 use runtime::proto::InstanceConfig;
 use tests::case::Case;
 use tests::host;
 use tests::program::{Forked, again, clock, fork};
 use tests::rig::Rig;
 use uuid::Uuid;
+use vm_memory::{Bytes, GuestAddress};
 
 /// What a clock may be off.
 const STEP_US: u64 = 2_000;
@@ -22,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("state::registers_survive_in_parent_and_children", registers),
         Case::new("state::a_crash_that_kvm_has_not_told_is_put_back", untold_crash)
             .needs(host::without_triple_fault_event()),
+        Case::new("state::a_tsc_that_the_guest_has_moved_is_moved_in_the_child", moved_tsc),
         Case::new("state::tsc_and_kvmclock_run_on_in_parent_and_child", || clocks(1)).alone(),
         Case::new("state::tsc_and_kvmclock_run_on_on_every_vcpu", || clocks(2)).alone(),
         Case::new("state::the_fork_itself_is_no_gap_in_time", gap).alone(),
@@ -79,6 +84,56 @@ fn untold_crash() -> Result<()> {
     vcpu.restore(&sound, Some(&seen))?;
     let back = state(vcpu)?;
     ensure!(back.events.triple_fault.pending == 0, "the crash was not taken back");
+    Ok(())
+}
+
+/// The guest writes to its TSC, for which it has to be in CPL 0, and the state that it leaves is given
+/// to another machine.
+fn moved_tsc() -> Result<()> {
+    /// `wrmsr`, then `out dx, al`: an exit.
+    const PROGRAM: [u8; 3] = [0x0f, 0x30, 0xee];
+    const TSC: u64 = 0x10;
+    const TSC_ADJUST: u64 = 0x3b;
+    let host = Host::open()?;
+    let layout = RamLayout::new(RamLayout::MIN_MIB);
+    for (msr, value) in [(TSC_ADJUST, 5_000_000_u64), (TSC, 1 << 40)] {
+        let mapping = Image::new(BackingKind::Small, layout.bytes())?.map_shared()?;
+        let ram = guest_ram(&mapping, &layout)?;
+        let loaded = Loaded { entry: ELF_BASE, end: ELF_BASE + 4096 };
+        boot::prepare(&ram, &layout, &loaded, 1, 0)?;
+        ram.write_slice(&PROGRAM, GuestAddress(ELF_BASE))?;
+        let made = MachineConfig { layout, vcpus: 1, dirty: DirtyMode::Bitmap, ring_entries: 1024 };
+        let (_machine, mut vcpus, _log) = Machine::new(&host, made, &mapping, false)?;
+        let vcpu = vcpus.first_mut().context("no vCPU")?;
+        let Some(before) = vcpu.tsc_offset() else { return Ok(()) };
+        boot::start(vcpu, &loaded)?;
+        let regs = kvm_regs {
+            rip: ELF_BASE,
+            rax: value & u64::from(u32::MAX),
+            rcx: msr,
+            rdx: value >> 32,
+            rflags: 2,
+            ..Default::default()
+        };
+        vcpu.boot(&regs, |sregs| {
+            (sregs.cs.selector, sregs.cs.dpl) = (0x10, 0);
+            (sregs.ss.selector, sregs.ss.dpl) = (0x18, 0);
+        })?;
+        while vcpu.run()?.is_none() {}
+        let after = vcpu.tsc_offset().context("no offset any more")?;
+        ensure!(after != before, "the guest's write to {msr:#x} has moved nothing");
+        let mut state = Box::new(VcpuState::default());
+        vcpu.settle()?;
+        vcpu.save(&mut state)?;
+
+        let (other, mut vcpus, _log) = Machine::new(&host, made, &mapping, false)?;
+        let clocks = VmState { tsc_offset: [before, 1], ..VmState::default() };
+        other.restore_clocks(&mut vcpus, &clocks)?;
+        let vcpu = vcpus.first_mut().context("no vCPU")?;
+        vcpu.restore(&state, None)?;
+        let child = vcpu.tsc_offset().context("no offset there")?;
+        ensure!(child == after, "MSR {msr:#x}: the offset is {child:#x} instead of {after:#x}");
+    }
     Ok(())
 }
 

@@ -129,7 +129,7 @@ fn prepare_with(
     let bells = devices.iter().flat_map(Bus::bells);
     let (machine, mut vcpus, log) =
         Machine::with_bells(&host, made, &mapping, true, bells).map_err(failed)?;
-    machine.restore_clocks(&vcpus, &base.vm).map_err(failed)?;
+    machine.restore_clocks(&mut vcpus, &base.vm).map_err(failed)?;
     machine.restore_irqchips(&base.vm).map_err(failed)?;
     link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
     let applier = Applier::new(&mapping, owned);

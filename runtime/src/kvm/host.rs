@@ -19,6 +19,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// `MSR_IA32_TSC`: runs by itself; its offset is carried over instead (see `Machine`).
 const MSR_TSC: u32 = 0x10;
+/// `MSR_IA32_TSC_ADJUST`: how far the guest has moved its TSC.
+pub(super) const MSR_TSC_ADJUST: u32 = 0x3b;
 /// `MSR_IA32_TSC_DEADLINE`: must be set after the LAPIC.
 pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 

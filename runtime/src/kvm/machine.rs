@@ -55,7 +55,7 @@ pub struct VmState {
     pub clock: kvm_clock_data,
     /// When it was read, in nanoseconds of the host's monotonic clock.
     pub clock_read_ns: u64,
-    /// Guest TSC minus host TSC, and whether it is known.
+    /// Guest TSC minus host TSC of a vCPU whose `IA32_TSC_ADJUST` is 0, and whether it is known.
     pub tsc_offset: [u64; 2],
 }
 
@@ -224,7 +224,8 @@ impl Machine {
         &self.vm
     }
 
-    /// Saves what is not part of a vCPU. All vCPUs are stopped.
+    /// Saves what is not part of a vCPU. All vCPUs are stopped, and the first, `boot`, has not run:
+    /// its guest has set no TSC yet.
     ///
     /// # Errors
     ///
@@ -282,10 +283,10 @@ impl Machine {
     /// # Errors
     ///
     /// What `KVM_SET_CLOCK` or `KVM_SET_DEVICE_ATTR` says.
-    pub fn restore_clocks(&self, vcpus: &[Vcpu], state: &VmState) -> Result<(), KvmError> {
+    pub fn restore_clocks(&self, vcpus: &mut [Vcpu], state: &VmState) -> Result<(), KvmError> {
         if let [offset, 1] = state.tsc_offset {
             for vcpu in vcpus {
-                vcpu.set_tsc_offset(offset)?;
+                vcpu.begin_at_tsc_offset(offset)?;
             }
         }
         let mut clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };

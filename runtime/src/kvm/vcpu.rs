@@ -12,7 +12,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use super::calls::timed;
-use super::host::Host;
+use super::host::{Host, MSR_TSC_ADJUST};
 use super::{KvmError, VcpuState, broken};
 
 /// Exits that one instruction may need to come to its end.
@@ -31,6 +31,10 @@ pub struct Vcpu {
     /// Whether there are extended control registers.
     xcrs: bool,
     xsave_bytes: u32,
+    /// Where `IA32_TSC_ADJUST` is in the list of MSRs.
+    tsc_adjust: Option<usize>,
+    /// TSC offset while `IA32_TSC_ADJUST` is 0, if it is known.
+    tsc_base: Option<u64>,
     /// The last exit was an access whose instruction KVM finishes at the next entry.
     unfinished: bool,
     /// The last exit was an access, and nothing but finishing it has happened since.
@@ -87,6 +91,8 @@ impl Vcpu {
             svm: host.svm,
             xcrs: host.xcrs,
             xsave_bytes: host.xsave_bytes,
+            tsc_adjust: host.msrs.iter().position(|msr| *msr == MSR_TSC_ADJUST),
+            tsc_base: None,
             unfinished: false,
             accessed: false,
         })
@@ -334,6 +340,7 @@ impl Vcpu {
         }
         if differs(|a, b| a.msrs() == b.msrs()) {
             self.restore_msrs(to)?;
+            self.restore_tsc(to, from)?;
         }
         if differs(|a, b| a.mp == b.mp) {
             timed(|| self.fd.set_mp_state(to.mp)).map_err(KvmError::ioctl("KVM_SET_MP_STATE"))?;
@@ -413,6 +420,20 @@ impl Vcpu {
         }
     }
 
+    /// Moves the TSC by what the guest has moved it. A guest's write to its TSC or to
+    /// `IA32_TSC_ADJUST` changes the latter and the offset by the same amount, but ours to that MSR
+    /// leaves the offset as it is (`kvm_set_msr_common` in arch/x86/kvm/x86.c, Linux 6.18); so the
+    /// MSR, which is part of the state anyway, says what the offset has to be.
+    fn restore_tsc(&self, to: &VcpuState, from: Option<&VcpuState>) -> Result<(), KvmError> {
+        let (Some(index), Some(base)) = (self.tsc_adjust, self.tsc_base) else { return Ok(()) };
+        let adjust = |state: &VcpuState| state.msrs().get(index).map_or(0, |entry| entry.data);
+        let adjusted = adjust(to);
+        if adjusted == from.map_or(0, adjust) {
+            return Ok(());
+        }
+        self.set_tsc_offset(base.wrapping_add(adjusted))
+    }
+
     /// Sets one MSR.
     ///
     /// # Errors
@@ -462,12 +483,19 @@ impl Vcpu {
     }
 
     /// Sets what [`Vcpu::tsc_offset`] gave on another machine of this host: guest time goes on
-    /// without a step, however long the hand-over took.
+    /// without a step, however long the hand-over took. It belongs to an `IA32_TSC_ADJUST` of 0,
+    /// which this vCPU has, and is changed with it by [`Vcpu::restore`].
     ///
     /// # Errors
     ///
     /// What `KVM_SET_DEVICE_ATTR` says.
-    pub fn set_tsc_offset(&self, mut offset: u64) -> Result<(), KvmError> {
+    pub fn begin_at_tsc_offset(&mut self, offset: u64) -> Result<(), KvmError> {
+        self.set_tsc_offset(offset)?;
+        self.tsc_base = Some(offset);
+        Ok(())
+    }
+
+    fn set_tsc_offset(&self, mut offset: u64) -> Result<(), KvmError> {
         let attr = tsc_offset_attr(&raw mut offset);
         let argument = (&raw const attr).cast_mut().cast();
         // SAFETY: KVM reads the attribute and the u64 that its `addr` points to; both outlive the
