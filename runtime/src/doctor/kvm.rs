@@ -1,9 +1,9 @@
 //! `/dev/kvm` and what it offers.
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::Kvm;
 
 use super::{Check, Report};
-use crate::kvm::{Host, KvmError};
+use crate::kvm::{Host, KvmError, NEWER_KERNEL, Needed, needed};
 use crate::sys::chain;
 
 /// The only version that there ever was (Documentation/virt/kvm/api.rst, 4.1).
@@ -13,28 +13,10 @@ const API_VERSION: i32 = 12;
 const XSAVE2: std::ffi::c_ulong = 208;
 /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
 const RING: std::ffi::c_ulong = 223;
-/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
-const MANUAL_PROTECT: std::ffi::c_ulong = 168;
 /// `KVM_CAP_X86_TRIPLE_FAULT_EVENT`.
 const TRIPLE_FAULT_EVENT: std::ffi::c_ulong = 218;
 /// `KVM_CAP_VCPU_ATTRIBUTES`, by which the TSC offset is read and set.
 const VCPU_ATTRIBUTES: std::ffi::c_ulong = 127;
-/// `KVM_CAP_SYNC_REGS`, a mask: general, segment and control registers, events.
-const ALL_SYNC_REGS: i32 = 7;
-
-/// Old kernels and what they lack.
-const NEWER_KERNEL: &str = "boot a newer kernel, or one whose KVM offers it";
-
-const NEEDED: [(Cap, &str, &str); 7] = [
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
-    (Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "registers without an ioctl"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
-    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions"),
-    (Cap::MpState, "KVM_CAP_MP_STATE", "halted vCPUs"),
-    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),
-];
-
 pub(super) fn examine(report: &mut Report) {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
@@ -51,8 +33,8 @@ pub(super) fn examine(report: &mut Report) {
         let found = format!("API version {version} instead of {API_VERSION}");
         Check::fail("/dev/kvm", found, "load the kvm module of this kernel")
     });
-    for (cap, name, purpose) in NEEDED {
-        report.checks.push(if kvm.check_extension(cap) {
+    for Needed { name, purpose, found } in needed(&kvm) {
+        report.checks.push(if found {
             Check::ok(name, purpose)
         } else {
             Check::fail(name, format!("missing; needed for {purpose}"), NEWER_KERNEL)
@@ -91,23 +73,15 @@ fn root_cause(error: &KvmError) -> String {
 fn useful(kvm: &Kvm, checks: &mut Vec<Check>) {
     let raw = |cap| kvm.check_extension_raw(cap);
     let entries = raw(RING).max(0) / 16;
-    let manual = raw(MANUAL_PROTECT) & 1 == 1;
-    checks.push(match (entries, manual) {
-        (1.., _) => Check::ok("dirty ring", format!("up to {entries} entries")),
-        (_, true) => Check::warn(
+    checks.push(if entries > 0 {
+        Check::ok("dirty ring", format!("up to {entries} entries"))
+    } else {
+        Check::warn(
             "dirty ring",
             "missing; the bitmap is used, whose cost grows with guest memory",
             "boot Linux 6.1 or later",
-        ),
-        (_, false) => {
-            Check::fail("dirty ring", "neither ring nor bitmap", "boot Linux 6.1 or later")
-        }
+        )
     });
-    let sync = raw(Cap::SyncRegs as std::ffi::c_ulong);
-    if sync & ALL_SYNC_REGS != ALL_SYNC_REGS {
-        let found = format!("KVM_CAP_SYNC_REGS is {sync}, not all of {ALL_SYNC_REGS}");
-        checks.push(Check::fail("register sharing", found, NEWER_KERNEL));
-    }
     checks.push(if raw(XSAVE2) > 0 {
         Check::ok("KVM_CAP_XSAVE2", format!("{} bytes of extended registers", raw(XSAVE2)))
     } else {

@@ -2,6 +2,9 @@
 
 use std::io;
 
+/// What to do where KVM lacks something.
+pub const NEWER_KERNEL: &str = "boot a newer kernel, or one whose KVM offers it";
+
 /// A KVM call that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
@@ -13,7 +16,7 @@ pub enum KvmError {
         source: io::Error,
     },
     /// A capability that everything depends on is missing.
-    #[error("this KVM lacks {capability}, which is needed for {purpose}")]
+    #[error("this KVM lacks {capability}, which is needed for {purpose}; {NEWER_KERNEL}")]
     MissingCapability {
         /// Name as in the KVM API.
         capability: &'static str,

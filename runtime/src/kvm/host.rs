@@ -12,6 +12,8 @@ use super::{KvmError, MAX_MSRS, MAX_XSAVE};
 
 /// `KVM_CAP_DIRTY_LOG_RING_ACQ_REL` (Documentation/virt/kvm/api.rst, 8.29).
 const CAP_DIRTY_LOG_RING_ACQ_REL: std::ffi::c_ulong = 223;
+/// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
+const CAP_MANUAL_DIRTY_LOG_PROTECT2: std::ffi::c_ulong = 168;
 /// `KVM_CAP_XSAVE2`: bytes of the extended register area.
 const CAP_XSAVE2: std::ffi::c_ulong = 208;
 /// CPUID.1:ECX.
@@ -60,15 +62,8 @@ impl Host {
         let kvm = Kvm::new().map_err(|error| KvmError::Open {
             source: io::Error::from_raw_os_error(error.errno()),
         })?;
-        for (cap, capability, purpose) in [
-            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "capturing registers without an ioctl"),
-            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
-            (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
-            (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
-        ] {
-            if !kvm.check_extension(cap) {
-                return Err(KvmError::MissingCapability { capability, purpose });
-            }
+        if let Some(missing) = missing(&kvm).next() {
+            return Err(missing.into());
         }
         let xsave2 = u32::try_from(kvm.check_extension_raw(CAP_XSAVE2)).unwrap_or(0);
         let xsave_bytes = xsave2.max(4096);
@@ -82,9 +77,10 @@ impl Host {
         let ring_bytes = kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL);
         let triple_fault_event = kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        let cpuid = kvm
+        let mut cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+        hide_virtualisation(&mut cpuid);
         let mut msrs: Vec<u32> = kvm
             .get_msr_index_list()
             .map_err(KvmError::ioctl("KVM_GET_MSR_INDEX_LIST"))?
@@ -155,6 +151,84 @@ impl Host {
     }
 }
 
+/// What forks cannot do without: `KVM_CHECK_EXTENSION` has to have all of the bits.
+struct Need {
+    cap: std::ffi::c_ulong,
+    bits: i32,
+    name: &'static str,
+    purpose: &'static str,
+}
+
+const fn need(cap: Cap, name: &'static str, purpose: &'static str) -> Need {
+    Need { cap: cap as std::ffi::c_ulong, bits: 0, name, purpose }
+}
+
+const NEEDS: [Need; 8] = [
+    need(Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
+    need(Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "stopping vCPUs"),
+    need(Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt controllers"),
+    need(Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions"),
+    need(Cap::MpState, "KVM_CAP_MP_STATE", "halted vCPUs"),
+    need(Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "kvmclock"),
+    // General registers, segment and control registers, events.
+    Need { bits: 7, ..need(Cap::SyncRegs, "KVM_CAP_SYNC_REGS", "registers without an ioctl") },
+    Need {
+        // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE.
+        bits: 1,
+        cap: CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        name: "KVM_CAP_DIRTY_LOG_RING_ACQ_REL and KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+        purpose: "telling which pages were written",
+    },
+];
+
+/// Something that forks cannot do without, and whether it is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Needed {
+    /// Name as in the KVM API.
+    pub name: &'static str,
+    /// What it is for.
+    pub purpose: &'static str,
+    /// Whether this KVM has it.
+    pub found: bool,
+}
+
+impl From<Needed> for KvmError {
+    fn from(Needed { name, purpose, .. }: Needed) -> Self {
+        Self::MissingCapability { capability: name, purpose }
+    }
+}
+
+/// Everything that forks cannot do without. [`Host::open`] asks for it, and `runtime doctor` shows it.
+pub fn needed(kvm: &Kvm) -> impl Iterator<Item = Needed> {
+    let raw = |cap| kvm.check_extension_raw(cap);
+    NEEDS.into_iter().map(move |Need { cap, bits, name, purpose }| {
+        // Either way of logging will do.
+        let instead = cap == CAP_MANUAL_DIRTY_LOG_PROTECT2 && raw(CAP_DIRTY_LOG_RING_ACQ_REL) > 0;
+        let found = instead || raw(cap) > 0 && raw(cap) & bits == bits;
+        Needed { name, purpose, found }
+    })
+}
+
+fn missing(kvm: &Kvm) -> impl Iterator<Item = Needed> {
+    needed(kvm).filter(|needed| !needed.found)
+}
+
+/// Takes VMX and SVM out of what guests are told they have: the state of a guest's own guests
+/// (`KVM_GET_NESTED_STATE`) is no part of a fork, so a child would lose it.
+fn hide_virtualisation(cpuid: &mut CpuId) {
+    const VMX: u32 = 1 << 5;
+    const SVM: u32 = 1 << 2;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ecx &= !VMX,
+            0x8000_0001 => entry.ecx &= !SVM,
+            // What SVM can do.
+            0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+}
+
 /// The MSRs of `msrs` that can be read, and set to what was read: some that KVM lists are there only
 /// for guests with features that ours do not have.
 fn usable_msrs(kvm: &Kvm, cpuid: &CpuId, mut msrs: Vec<u32>) -> Result<Vec<u32>, KvmError> {
@@ -182,5 +256,32 @@ fn usable_msrs(kvm: &Kvm, cpuid: &CpuId, mut msrs: Vec<u32>) -> Result<Vec<u32>,
             return Ok(msrs);
         }
         msrs.remove(done);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    use super::*;
+
+    #[test]
+    fn no_guest_is_told_of_virtualisation() {
+        let all = |function| kvm_cpuid_entry2 {
+            function,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        let functions = [1, 7, 0x8000_0001, 0x8000_000a];
+        let Ok(mut cpuid) = CpuId::from_entries(&functions.map(all)) else { panic!("too many") };
+        hide_virtualisation(&mut cpuid);
+        let [one, seven, extended, svm] = cpuid.as_slice() else { panic!("{cpuid:?}") };
+        assert_eq!((one.ecx, one.edx), (!(1 << 5), u32::MAX));
+        assert_eq!((seven.ebx, seven.ecx), (u32::MAX, u32::MAX));
+        assert_eq!((extended.ecx, extended.edx), (!(1 << 2), u32::MAX));
+        assert_eq!((svm.eax, svm.ebx, svm.ecx, svm.edx), (0, 0, 0, 0));
     }
 }

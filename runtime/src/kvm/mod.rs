@@ -12,8 +12,8 @@ mod statistics;
 mod vcpu;
 
 pub use dirty::{DirtyLog, DirtyMode};
-pub use error::KvmError;
-pub use host::Host;
+pub use error::{KvmError, NEWER_KERNEL};
+pub use host::{Host, Needed, needed};
 pub use machine::{Machine, MachineConfig, VmState};
 pub use state::{MAX_MSRS, MAX_XSAVE, VcpuState};
 pub use vcpu::{Kick, Vcpu};
