@@ -34,7 +34,7 @@ use crate::memory::{
     GuestRam, Image, Mapping, MemoryError, RamLayout, Sealed, Writable, guest_ram,
 };
 use crate::proto::{Event, InstanceConfig};
-use crate::sys::{self, SysError};
+use crate::sys::{self, CpuSet, SysError};
 
 /// Stack of a vCPU thread: its frames are small, and a thousand children have one each.
 const VCPU_STACK: usize = 128 * 1024;
@@ -115,6 +115,8 @@ pub struct Instance {
     /// It can fork. Children are born so.
     armed: AtomicBool,
     standby_cpus: u64,
+    /// Processors that this process may use, as whoever started its tree chose.
+    all_cpus: Option<CpuSet>,
     /// Futex: changes when the control thread has done something that a waiting fork waits for.
     news: AtomicU32,
 }
@@ -139,6 +141,8 @@ impl Instance {
             ram,
             gate: Gate::new(birth.kicks.into_iter()),
             standby_cpus,
+            // Of a standby, too: its zygote has never chosen any.
+            all_cpus: sys::all_affinity(),
             config: birth.config,
             identity: birth.identity,
             parent: birth.parent,
@@ -464,8 +468,14 @@ impl Instance {
         if self.config.realtime {
             haste::give_back();
         }
-        let cpus = if self.config.vcpu_cpus == 0 { u64::MAX } else { self.config.vcpu_cpus };
-        sys::set_affinity(cpus).unwrap_or(());
+        let set = match (self.config.vcpu_cpus, &self.all_cpus) {
+            // Not simply all: taskset(1) or a service manager may have chosen some.
+            (0, Some(all)) => sys::set_affinity_to(all),
+            (0, None) => sys::set_affinity(u64::MAX),
+            (chosen, _) => sys::set_affinity(chosen),
+        };
+        // A mask that names no processor of this host leaves the thread where it is.
+        set.unwrap_or(());
     }
 }
 

@@ -16,9 +16,9 @@ pub use process::{
 };
 pub use socket::{receive, receive_whole, send, socket_pair};
 pub use thread::{
-    KickTimer, Policy, affinity, current_cpu, futex_wait, futex_wake, install_kick_handler, kick,
-    kick_signal, limit_realtime, renew_realtime_limit, set_affinity, set_affinity_of, set_policy,
-    thread_id,
+    CpuSet, KickTimer, Policy, affinity, all_affinity, current_cpu, futex_wait, futex_wake,
+    install_kick_handler, kick, kick_signal, limit_realtime, renew_realtime_limit, set_affinity,
+    set_affinity_of, set_affinity_to, set_policy, thread_id,
 };
 
 /// A system call that failed.

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+pub use rustix::thread::CpuSet;
 use rustix::thread::futex;
 
 use super::SysError;
@@ -158,6 +159,22 @@ pub fn current_cpu() -> u32 {
 pub fn affinity() -> u64 {
     rustix::thread::sched_getaffinity(None)
         .map_or(u64::MAX, |set| (0..64).filter(|cpu| set.is_set(*cpu)).map(|cpu| 1 << cpu).sum())
+}
+
+/// All processors that the calling thread may use; `None` where there are more than the 1,024 that a
+/// set has room for.
+#[must_use]
+pub fn all_affinity() -> Option<CpuSet> {
+    rustix::thread::sched_getaffinity(None).ok()
+}
+
+/// Lets the calling thread use the processors of a set that it, or who made it, had before.
+///
+/// # Errors
+///
+/// `EINVAL` if none of them is there any more.
+pub fn set_affinity_to(set: &CpuSet) -> Result<(), SysError> {
+    rustix::thread::sched_setaffinity(None, set).map_err(SysError::new("sched_setaffinity"))
 }
 
 /// Sends the kick signal to the thread that made it, again and again once it is set, until it is
