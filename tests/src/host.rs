@@ -1,6 +1,7 @@
 //! What this host can do, and what a test may switch on for its own time.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::census;
 
+const KVM: &str = "/dev/kvm";
 const SHMEM_THP: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
@@ -83,6 +85,40 @@ fn bracketed(text: &str) -> Option<&str> {
 
 fn writable(path: &str) -> bool {
     fs::OpenOptions::new().write(true).open(path).is_ok()
+}
+
+/// Why this process cannot have a program run by another user, if it cannot.
+#[must_use]
+pub fn without_root() -> Option<String> {
+    let root = rustix::process::geteuid().is_root();
+    (!root).then(|| "only root gives a program capabilities and runs it as somebody else".into())
+}
+
+/// `/dev/kvm` for everybody, until this is dropped.
+#[derive(Debug)]
+pub struct KvmForAll {
+    before: fs::Permissions,
+}
+
+impl KvmForAll {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// If its permissions cannot be changed.
+    pub fn new() -> Result<Self> {
+        let before = fs::metadata(KVM)?.permissions();
+        fs::set_permissions(KVM, fs::Permissions::from_mode(0o666))?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for KvmForAll {
+    fn drop(&mut self) {
+        if let Err(error) = fs::set_permissions(KVM, self.before.clone()) {
+            eprintln!("the permissions of {KVM} could not be put back: {error}");
+        }
+    }
 }
 
 /// Why transparent huge pages for shared memory cannot be had, if they cannot.

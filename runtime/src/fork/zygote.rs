@@ -234,6 +234,7 @@ impl Womb {
 pub fn serve_raised(socket: OwnedFd) -> ! {
     beacon::role(beacon::Role::Zygote);
     sys::set_process_name("ukp-zygote");
+    sys::open_to_its_own();
     sys::reap_children_automatically();
     match raised_womb(&socket) {
         Ok(womb) => serve(womb, socket),

@@ -65,6 +65,8 @@ pub enum StartError {
 #[must_use]
 pub fn run_root(owner: &OwnedFd) -> i32 {
     sys::set_process_name("ukp-instance");
+    // Before zygote and standbys, which inherit it.
+    sys::open_to_its_own();
     match start(owner) {
         Ok(code) => code,
         Err(error) => {

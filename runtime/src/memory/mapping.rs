@@ -65,6 +65,8 @@ impl Mapping {
             // Without it pages are small.
             mapping.advise(0, len, Advice::LinuxHugepage).unwrap_or(());
         }
+        // What a guest knows is not for whoever reads cores, and nobody waits for gigabytes of it.
+        mapping.advise(0, len, Advice::LinuxDontDump).unwrap_or(());
         Ok(mapping)
     }
 

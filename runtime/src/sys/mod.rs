@@ -12,7 +12,7 @@ pub use memory::{
 };
 pub use process::{
     Forked, adopt, close_all_but, cpu_ns, cpu_ns_of, die_with_parent, fork, minor_faults,
-    reap_children_automatically, set_process_name,
+    open_to_its_own, reap_children_automatically, set_process_name,
 };
 pub use socket::{receive, receive_whole, send, socket_pair};
 pub use thread::{

@@ -48,6 +48,27 @@ pub fn die_with_parent(on: bool) {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) };
 }
 
+/// Lets the processes of this program look at each other's memory and at their own files in /proc, if
+/// the program file has capabilities: the kernel makes whoever executes it undumpable (prctl(2),
+/// `PR_SET_DUMPABLE`), and that shuts out the process itself, too.
+///
+/// It does not let other processes of the same user in: to trace a process takes all capabilities
+/// that it has (`cap_ptrace_access_check` in security/commoncap.c). And no core is written, as
+/// before; where a program receives cores, guest memory is none of it (`Mapping`).
+pub fn open_to_its_own() {
+    use rustix::process::{
+        DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior,
+        setrlimit,
+    };
+    if dumpable_behavior() == Ok(DumpableBehavior::Dumpable) {
+        return;
+    }
+    let maximum = getrlimit(Resource::Core).maximum;
+    let no_core = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum });
+    // Without it rehearsals fail, and say so.
+    no_core.and_then(|()| set_dumpable_behavior(DumpableBehavior::Dumpable)).unwrap_or(());
+}
+
 /// Gives this process a name that ps(1) shows (at most 15 bytes are kept).
 pub fn set_process_name(name: &str) {
     let mut bytes = [0_u8; 16];
