@@ -44,6 +44,8 @@ pub struct InstanceConfig {
     pub sync: bool,
     /// Whether standbys run ahead once.
     pub rehearse: bool,
+    /// Pages that a zygote owns before they become a new image; 0: when it is worth it. For tests.
+    pub consolidate_pages: u32,
     /// Whether standbys are put under `SCHED_FIFO` until their first exit, where allowed.
     pub realtime: bool,
     /// Processors for vCPU threads (bit n: processor n); 0 for all.
@@ -94,6 +96,7 @@ impl Default for InstanceConfig {
             child_standbys: 0,
             sync: true,
             rehearse: true,
+            consolidate_pages: 0,
             realtime: true,
             vcpu_cpus: 0,
             standby_cpus: 0,

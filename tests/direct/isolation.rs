@@ -5,6 +5,7 @@ use runtime::kvm::DirtyMode;
 use runtime::memory::BackingKind;
 use runtime::proto::InstanceConfig;
 use tests::case::Case;
+use tests::census;
 use tests::host;
 use tests::memory::Memory;
 use tests::program::{Forked, Side, check, dirty, dirty_row, fork, peek, poke};
@@ -52,6 +53,27 @@ pub fn cases() -> Vec<Case> {
             large(of(BackingKind::Hugetlb, DirtyMode::Ring)).map(drop)
         })
         .needs(host::without_huge_pages()),
+        Case::new("isolation::pages_that_nobody_has_touched_4k", move || {
+            untouched(small(DirtyMode::Ring))
+        }),
+        Case::new("isolation::pages_that_nobody_has_touched_thp", move || {
+            let _thp = host::shmem_thp()?;
+            untouched(of(BackingKind::Thp, DirtyMode::Ring))
+        })
+        .needs(host::without_thp()),
+        Case::new("isolation::pages_that_nobody_has_touched_hugetlb", move || {
+            let _pool = host::huge_pages(POOL)?;
+            untouched(of(BackingKind::Hugetlb, DirtyMode::Ring))
+        })
+        .needs(host::without_huge_pages()),
+        Case::new("isolation::a_new_image_in_the_middle_of_a_history_4k", move || {
+            consolidated(small(DirtyMode::Ring))
+        }),
+        Case::new("isolation::a_new_image_in_the_middle_of_a_history_thp", move || {
+            let _thp = host::shmem_thp()?;
+            consolidated(of(BackingKind::Thp, DirtyMode::Ring))
+        })
+        .needs(host::without_thp()),
         Case::new("isolation::a_word_written_by_one_is_seen_by_nobody_else", words),
         Case::new("isolation::the_model_tells_a_single_wrong_word", control),
     ]
@@ -190,6 +212,89 @@ fn chain(config: InstanceConfig) -> Result<()> {
     }
     ensure!(line.len() == 13);
     line.iter().try_for_each(|(uuid, memory)| rig.compare(*uuid, memory, "a link of the chain"))
+}
+
+/// Holes of the image. Parent, child, grandchild and its sibling each write to pages of their own, and
+/// some are read by all before anybody has written to them.
+fn untouched(config: InstanceConfig) -> Result<()> {
+    const EACH: u64 = 4;
+    /// 2 MiB apart, so that each is in a huge page of its own.
+    const APART: u64 = 512;
+    let rig = Rig::blank(config)?;
+    let page = |writer: u64, number: u64| rig.address((writer * EACH + number) * APART + 7, 3);
+    let writes = |uuid, writer: u64| {
+        let steps: Vec<_> =
+            (0..EACH).map(|number| poke(page(writer, number), 100 * writer + number + 1)).collect();
+        rig.run(uuid, &steps).map(drop)
+    };
+    // Of each writer half are read first, which maps the hole.
+    let reads = |uuid, of: &[(u64, bool)], what: &str| -> Result<()> {
+        for (writer, written) in of {
+            let places = (0_u16..).zip((0..EACH).map(|number| page(*writer, number)));
+            let steps: Vec<_> = places.map(|(at, address)| peek(address, at)).collect();
+            let words = rig.run(uuid, &steps)?;
+            for (number, word) in (0..EACH).zip(words) {
+                let wanted = if *written { 100 * writer + number + 1 } else { 0 };
+                ensure!(word == wanted, "{what}: page {number} of {writer}: {word}, not {wanted}");
+            }
+        }
+        Ok(())
+    };
+    reads(rig.root, &[(0, false), (2, false)], "the root at first")?;
+    let child = rig.branch(rig.root, 1)?[0];
+    writes(rig.root, 0)?;
+    reads(child, &[(0, false), (1, false)], "the child of an untouched root")?;
+    writes(child, 1)?;
+    let grandchild = rig.branch(child, 1)?[0];
+    writes(grandchild, 2)?;
+    let sibling = rig.branch(rig.root, 1)?[0];
+    writes(sibling, 3)?;
+    let [none, all] = [false, true];
+    reads(rig.root, &[(0, all), (1, none), (2, none), (3, none), (4, none)], "the root")?;
+    reads(child, &[(0, none), (1, all), (2, none), (3, none), (4, none)], "the child")?;
+    reads(grandchild, &[(0, none), (1, all), (2, all), (3, none), (4, none)], "the grandchild")?;
+    reads(sibling, &[(0, all), (1, none), (2, none), (3, all), (4, none)], "the sibling")
+}
+
+/// Pages that the zygote owns become a new image, again and again; children made before, meanwhile and
+/// after hold what they held.
+fn consolidated(config: InstanceConfig) -> Result<()> {
+    const IMAGES: usize = 2;
+    let config = InstanceConfig { memory_mib: 24, consolidate_pages: 300, ..config };
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    let mut machines = Vec::new();
+    let mut images = vec![census::mapped_memfds(rig.zygote()?, "guest-ram")];
+    for round in 1..=60_u64 {
+        let from = round * 100;
+        let mut made = fork_and_write_after(200, &rig, rig.root, &mut memory, 1, from)?;
+        rig.standbys(1)?;
+        let now = census::mapped_memfds(rig.zygote()?, "guest-ram");
+        let changed = images.last() != Some(&now);
+        if changed {
+            images.push(now);
+        }
+        if changed || round % 8 == 1 {
+            machines.append(&mut made);
+        }
+        made.into_iter().try_for_each(|(uuid, _)| rig.kill(uuid))?;
+        if images.len() > IMAGES {
+            break;
+        }
+    }
+    ensure!(images.len() > IMAGES, "its zygote made {} new images", images.len() - 1);
+    for (number, (uuid, memory)) in (100_000_u64..).step_by(10).zip(&mut machines) {
+        rig.run(*uuid, &[dirty(30, number, number)])?;
+        memory.dirty(30, number, number);
+        // From the image that its own parent's zygote had.
+        let child = rig.branch(*uuid, 1)?[0];
+        rig.compare(child, memory, "a child's child")?;
+        rig.kill(child)?;
+    }
+    for (uuid, memory) in &machines {
+        rig.compare(*uuid, memory, "a child")?;
+    }
+    rig.compare(rig.root, &memory, "the root")
 }
 
 fn words() -> Result<()> {

@@ -83,6 +83,14 @@ pub fn count(leader: i32) -> Census {
     census
 }
 
+/// Inodes of the memfds called `name` that a process has mapped.
+#[must_use]
+pub fn mapped_memfds(pid: i32, name: &str) -> BTreeSet<String> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let lines = maps.lines().filter(|line| line.contains(&format!("/memfd:{name}")));
+    lines.filter_map(|line| line.split_ascii_whitespace().nth(4).map(str::to_owned)).collect()
+}
+
 /// The inode of a memfd behind a link in /proc/PID/fd.
 fn memfd(link: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt;

@@ -89,16 +89,33 @@ impl Rig {
         Self::filled(Owner::new()?, config, LIMIT)
     }
 
+    /// Starts a root whose memory nobody has touched, and makes it forkable with its standbys ready.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn blank(config: InstanceConfig) -> Result<Self> {
+        let standbys = config.standbys;
+        let rig = Self::started(Owner::new()?, config, LIMIT)?;
+        rig.owner.ask(rig.root, Request::Arm).context("arming")?;
+        rig.standbys(standbys)?;
+        Ok(rig)
+    }
+
     fn filled(owner: Owner, config: InstanceConfig, limit: Duration) -> Result<Self> {
+        let rig = Self::started(owner, config, limit)?;
+        let filled = rig.run(rig.root, &[fill(SEED)])?[0];
+        ensure!(filled == rig.work_pages, "not all pages were filled");
+        Ok(rig)
+    }
+
+    fn started(owner: Owner, config: InstanceConfig, limit: Duration) -> Result<Self> {
         let root = owner.start(config)?;
         let group = Group::new(owner.with(root, |known| known.pid)?, limit);
         let mut rig = Self { owner, root, work_start: 0, work_pages: 0, tsc_khz: 0, group };
-        let words = rig.run(
-            root,
-            &[fill(SEED), peek(PARAM + 8, 1), peek(PARAM + 16, 2), peek(PARAM + 24, 3)],
-        )?;
+        let words =
+            rig.run(root, &[peek(PARAM + 8, 1), peek(PARAM + 16, 2), peek(PARAM + 24, 3)])?;
         (rig.work_start, rig.work_pages, rig.tsc_khz) = (words[1], words[2], words[3]);
-        ensure!(words[0] == rig.work_pages, "not all pages were filled");
         Ok(rig)
     }
 

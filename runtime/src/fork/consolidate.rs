@@ -70,7 +70,11 @@ impl Consolidation {
                 let (Some(mapping), Some(owned)) = (&womb.mapping, &womb.owned) else { return };
                 self.copied += owned.len();
                 let pages = mapping.bytes() / PAGE;
-                if self.copied > WORTH * pages && owned.len() > few(pages) {
+                let due = match womb.config.consolidate_pages {
+                    0 => self.copied > WORTH * pages && owned.len() > few(pages),
+                    asked => owned.len() > asked as usize,
+                };
+                if due {
                     self.copied = 0;
                     self.under_way = begin(womb).unwrap_or(None);
                 }
