@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("faults::no_huge_pages_at_the_start", at_start).needs(without()),
         Case::new("faults::huge_pages_for_the_image_alone", image_alone).needs(without()),
         Case::new("faults::huge_pages_run_out_in_children", in_children).needs(without()),
+        Case::new("faults::huge_pages_run_out_in_standbys", in_standbys).needs(without()),
         Case::new("leaks::huge_pages_come_back", come_back).needs(without()),
     ]
 }
@@ -110,6 +111,29 @@ fn in_children() -> Result<()> {
     rig.compare(rig.root, &rig.memory(), "the root")?;
     let ends = ends.into_iter().flatten().collect::<Vec<_>>();
     ensure!(ends.iter().all(|why| why.contains("huge page")), "no clear line: {ends:?}");
+    Ok(())
+}
+
+/// Armed, and then nothing is left for what a standby has to write: the error says of what.
+fn in_standbys() -> Result<()> {
+    const ENOMEM: i32 = 12;
+    // Enough for the pages in which the guest itself writes.
+    let _pool = host::huge_pages(IMAGE * 3 + 4)?;
+    let rig = Rig::new(config())?;
+    let mut memory = rig.memory();
+    rig.owner.ask(rig.root, Request::Sync { on: false })?;
+    for round in 1..=3_u64 {
+        rig.run(rig.root, &[dirty_row(rig.work_pages, round, 0)])?;
+        memory.dirty_row(rig.work_pages, round, 0);
+        let error = match rig.owner.branch(rig.root, 1) {
+            Ok(made) => anyhow::bail!("there was room for {made:?}"),
+            Err(error) => error,
+        };
+        let (_, errno) = error.fork_failure().with_context(|| format!("no step: {error}"))?;
+        let text = error.to_string();
+        ensure!(errno == ENOMEM && text.contains("huge page pool"), "round {round}: {text}");
+        rig.compare(rig.root, &memory, "the parent")?;
+    }
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use super::shared::{SPIN_NS, Shared, tell};
 use super::step::{ForkError, Moment, Step};
 use crate::beacon;
 use crate::device::Answer;
-use crate::instance::Action;
+use crate::instance::{Action, last_words};
 use crate::kvm::Vcpu;
 use crate::sys::{self, KickTimer, futex_wait, now_ns};
 
@@ -69,6 +69,7 @@ impl Standby {
             Self::account(slot, faults);
         }
         shared.consent()?;
+        last_words::forget_parent();
         instance.gate().enter(0);
         if let Some(us) = first_run_us {
             // It cannot fail for a timer that exists, and the fork is decided.

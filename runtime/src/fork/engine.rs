@@ -324,10 +324,11 @@ impl Engine {
 
     /// Why the last could not, if that was after the count was `before`.
     #[must_use]
-    pub fn prewarm_failure_after(&self, before: u32) -> Option<ForkError> {
+    pub fn prewarm_failure_after(&self, instance: &Instance, before: u32) -> Option<ForkError> {
         let (count, last) = self.prewarm_failures;
         let (step, errno) = last?;
-        (count != before).then_some(ForkError { step, cause: ForkCause::Child { errno } })
+        let cause = ForkCause::of_child(errno, instance.mapping().kind());
+        (count != before).then_some(ForkError { step, cause })
     }
 
     /// Tells a waiting fork that a standby could not be made.

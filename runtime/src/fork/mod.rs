@@ -37,6 +37,8 @@ pub use engine::Engine;
 pub use keeper::{Keeper, MOST as MOST_STANDBYS, Tick};
 pub use link::{Base, Identity, Link, MAX_VCPUS, capacity};
 pub use report::{ChildReport, ForkReport, ParentMoments};
-pub use shared::Shared;
-pub use step::{FAULT_DELAY, FAULT_KILL, Fault, ForkCause, ForkError, Moment, Step};
+pub use shared::{Shared, no_memory};
+pub use step::{
+    FAULT_DELAY, FAULT_KILL, FAULT_SHORT_MSRS, Fault, ForkCause, ForkError, Moment, Step,
+};
 pub use zygote::{Womb, Zygote, serve_raised};

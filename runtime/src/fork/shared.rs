@@ -197,6 +197,16 @@ impl Shared {
     }
 }
 
+/// In a standby that has no memory for a page of its guest, from a signal handler: leaves that where
+/// the parent finds it. Nothing here allocates or locks.
+pub fn no_memory(link: &Link, slot: usize) {
+    let shared = link.slot(slot);
+    let going = shared.word.load(Ordering::Acquire) == word::GO;
+    let step = Step::from_number(shared.step.load(Ordering::Acquire));
+    let step = if going { step.unwrap_or(Step::Wake) } else { Step::Prewarm };
+    tell(link, slot, &ForkError { step, cause: ForkCause::Child { errno: libc::ENOMEM } });
+}
+
 /// Leaves the error where the parent finds it, and fails the fork for all siblings.
 pub(super) fn tell(link: &Link, slot: usize, error: &ForkError) {
     let errno = error.cause.errno();

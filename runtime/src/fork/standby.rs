@@ -28,7 +28,7 @@ use super::zygote::{Womb, Zygote};
 use crate::beacon;
 use crate::device::generation;
 use crate::device::virtio::Bus;
-use crate::instance::{Birth, Cradle, Instance};
+use crate::instance::{Birth, Cradle, Instance, last_words};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
 use crate::proto::InstanceConfig;
@@ -118,6 +118,8 @@ fn prepare_with(
     beacon::role(beacon::Role::Standby);
     let Womb { host, config, link: own, image, mapping, owned } = womb;
     let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
+    last_words::parent(link, slot);
+    last_words::prepare(mapping.kind()).map_err(failed)?;
     let made = MachineConfig {
         layout: RamLayout::new(config.memory_mib),
         vcpus: config.vcpus,

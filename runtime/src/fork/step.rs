@@ -6,8 +6,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::beacon;
+use crate::instance::POOL_EMPTY;
 use crate::kvm::KvmError;
-use crate::memory::MemoryError;
+use crate::memory::{BackingKind, MemoryError};
 use crate::sys::{SysError, now_ns};
 
 /// A step of a fork, in the order of the fork path. Its number is what the guest reads as
@@ -114,6 +115,9 @@ pub enum ForkCause {
         /// What the child reported.
         errno: i32,
     },
+    /// There was no huge page for a child.
+    #[error("{POOL_EMPTY}")]
+    PoolEmpty,
     /// A child died before it could run.
     #[error("a standby died")]
     Died,
@@ -151,6 +155,15 @@ pub enum ForkCause {
 }
 
 impl ForkCause {
+    /// What a child of an instance whose memory is of that kind reported.
+    #[must_use]
+    pub fn of_child(errno: i32, kind: BackingKind) -> Self {
+        match (errno, kind) {
+            (libc::ENOMEM, BackingKind::Hugetlb) => Self::PoolEmpty,
+            _ => Self::Child { errno },
+        }
+    }
+
     /// The errno that the guest is told.
     #[must_use]
     pub fn errno(&self) -> i32 {
@@ -163,6 +176,7 @@ impl ForkCause {
             Self::Memory(MemoryError::PoolExhausted { .. } | MemoryError::ShmemThpOff) => {
                 libc::ENOMEM
             }
+            Self::PoolEmpty => libc::ENOMEM,
             Self::Child { errno } | Self::Injected { errno } => *errno,
             Self::Died | Self::ZygoteGone => libc::ECHILD,
             Self::Timeout { .. } => libc::ETIMEDOUT,
@@ -196,9 +210,12 @@ pub const FAULT_DELAY: u32 = u32::MAX - 1;
 /// What is left of a delay when it is waited for to the microsecond.
 const LONG_NS: u64 = 2_000_000;
 
+/// Instead of returning this errno, KVM handles fewer MSRs than it was asked to.
+pub const FAULT_SHORT_MSRS: u32 = u32::MAX - 2;
+
 impl Fault {
-    /// Makes the next arrival at `step` fail with `errno` (or [`FAULT_KILL`]); with
-    /// [`FAULT_DELAY`] every arrival takes `delay_us` longer, or until it is taken back.
+    /// Makes the next arrival at `step` fail with `errno` (or [`FAULT_KILL`], [`FAULT_SHORT_MSRS`]);
+    /// with [`FAULT_DELAY`] every arrival takes `delay_us` longer, or until it is taken back.
     pub fn set(&self, step: Step, errno: u32, delay_us: u32) {
         self.errno.store(errno, Ordering::Relaxed);
         self.delay_us.store(delay_us, Ordering::Relaxed);
@@ -238,6 +255,11 @@ impl Fault {
         if errno == FAULT_KILL {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
                 .unwrap_or(());
+        }
+        if errno == FAULT_SHORT_MSRS {
+            let short =
+                KvmError::ShortMsrs { name: "KVM_GET_MSRS", applied: 1, requested: 2, index: 0 };
+            return Err(ForkError { step, cause: short.into() });
         }
         Err(ForkError { step, cause: ForkCause::Injected { errno: errno.cast_signed() } })
     }

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use uuid::Uuid;
 
-use super::{Instance, Stopped};
+use super::{Instance, Stopped, last_words};
 use crate::fork::{ForkError, Keeper, Link, MOST_STANDBYS, Shared, Step};
 use crate::kvm::calls;
 use crate::memory::PAGE;
@@ -72,6 +72,9 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
         Some(owner) => Ok(owner),
         None => connect(&instance.config().owner),
     };
+    if let Ok(owner) = &owner {
+        last_words::owner(owner);
+    }
     let code = match owner {
         Ok(owner) => match instance.take_zygote() {
             Some(zygote) => {
@@ -386,7 +389,7 @@ impl Control<'_> {
                 return Ok(());
             }
             // On its own line: the guard would live as long as the block otherwise.
-            let failed = self.instance.engine().prewarm_failure_after(failures);
+            let failed = self.instance.engine().prewarm_failure_after(self.instance, failures);
             if let Some(error) = failed {
                 self.instance.engine().forget_waiting();
                 return Err(failure(&error));

@@ -10,6 +10,7 @@ mod control;
 pub mod fuzz;
 mod gate;
 mod haste;
+pub(crate) mod last_words;
 mod root;
 mod vcpu;
 
@@ -23,6 +24,7 @@ use uuid::Uuid;
 
 pub use control::Cradle;
 pub use gate::{Gate, Stopped};
+pub use last_words::POOL_EMPTY;
 pub use root::{READY, run_root};
 pub(crate) use vcpu::Action;
 

@@ -8,7 +8,7 @@ use rustix::net::RecvFlags;
 use uuid::Uuid;
 
 use super::vcpu::Action;
-use super::{Birth, Instance, Unarmed};
+use super::{Birth, Instance, Unarmed, last_words};
 use crate::beacon;
 use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
@@ -95,6 +95,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     let layout = RamLayout::new(config.memory_mib);
     let (image, note) = image(config.backing, layout.bytes())?;
     config.backing = image.kind();
+    last_words::prepare(image.kind())?;
     let mapping = image.map_shared()?;
     let machine_config = MachineConfig {
         layout,

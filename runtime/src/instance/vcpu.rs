@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Instance;
 use super::haste::Haste;
+use super::last_words::POOL_EMPTY;
 use crate::device::{Answer, ports};
 use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
@@ -215,9 +216,7 @@ impl Instance {
                 // SIGBUS.
                 let huge = self.mapping.kind() == BackingKind::Hugetlb;
                 let reason = if huge && error.errno() == libc::EFAULT {
-                    "the huge page pool is exhausted; raise /proc/sys/vm/nr_hugepages or choose \
-                     another backing"
-                        .into()
+                    POOL_EMPTY.into()
                 } else {
                     chain(&error)
                 };
@@ -408,7 +407,7 @@ impl Instance {
             let mut engine = lock(&mut vcpu);
             let failures = engine.prewarm_failures();
             while !engine.take(self, children as usize, own, doorbell_ns)? {
-                if let Some(error) = engine.prewarm_failure_after(failures) {
+                if let Some(error) = engine.prewarm_failure_after(self, failures) {
                     return Err(error);
                 }
                 let waited = now_ns() - doorbell_ns;
@@ -458,7 +457,9 @@ impl Instance {
         engine.conclude(self);
         match engine.last_failure() {
             None => Ok(identities),
-            Some((step, errno)) => Err(ForkError { step, cause: ForkCause::Child { errno } }),
+            Some((step, errno)) => {
+                Err(ForkError { step, cause: ForkCause::of_child(errno, self.mapping.kind()) })
+            }
         }
     }
 
