@@ -55,7 +55,11 @@ pub fn play_part() {
 /// What fork(2) and execve(2) say.
 pub fn spawn(part: Part, line: &OwnedFd, stdin: Stdio) -> Result<Child, SysError> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(part.word()).stdin(stdin).process_group(0);
+    command.arg(part.word()).stdin(stdin);
+    if part == Part::Instance {
+        // All that an instance leads to is one group; what the owner's terminal sends goes to others.
+        command.process_group(0);
+    }
     let fd = line.as_raw_fd();
     let place = move || {
         let result = if fd == LINE {

