@@ -112,7 +112,7 @@ pub(crate) const PARTS: [Part; 8] = [
     },
     Part {
         what: "time off CPU",
-        ways: &[&[("sched_switch", Raw("sched_switch")), ("sched_wakeup", Raw("sched_wakeup"))]],
+        ways: &[&[("sched_switch", Raw("sched_switch")), ("sched_waking", Raw("sched_waking"))]],
         required: false,
         level: Level::On,
     },

@@ -5,7 +5,7 @@
 //!   page_fault_user, _kernel  ──>   minor-faults, major-faults          guest_…, own_…
 //!   kvm_mmu_pagetable_walk    ──>   kvm_mmu_set_spte                    kvm_fault
 //!   kvm_page_fault            ──>   kvm_entry                           kvm_fault
-//!   sched_wakeup              ──>   sched_switch                        off_cpu
+//!   sched_waking              ──>   sched_switch                        off_cpu
 //!   sys_enter (ioctl)         ──>   sys_exit                            ioctl
 //!                                   kvm_userspace_exit                  exits
 //!   ukp:stage                 ──>   the next ukp:stage                  stage_…

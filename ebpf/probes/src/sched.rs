@@ -1,5 +1,9 @@
 //! How long a thread of ours that was woken waits for a processor.
 //!
+//! It begins with `sched_waking`, in whoever wakes it. `sched_wakeup` comes later for a processor that
+//! is idle: there, after the interrupt that ends its sleep, which is most of the wait (`ttwu_queue` in
+//! kernel/sched/core.c).
+//!
 //! When a thread is about to run, memory is still that of the one before it: what its process said
 //! about itself last must do.
 
@@ -12,8 +16,8 @@ use crate::maps::PROCESSES;
 use crate::process::{task_pid_of, task_tgid_of};
 use crate::record::{Current, SILENT, event, is_ours, took};
 
-#[raw_tracepoint(tracepoint = "sched_wakeup")]
-pub fn sched_wakeup(ctx: RawTracePointContext) -> i32 {
+#[raw_tracepoint(tracepoint = "sched_waking")]
+pub fn sched_waking(ctx: RawTracePointContext) -> i32 {
     woken(ctx.arg(0))
 }
 
