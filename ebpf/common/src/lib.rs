@@ -42,8 +42,10 @@ pub struct Beacon {
 pub struct Tracked {
     /// Address of its [`Beacon`]; 0 if that is not known.
     pub beacon: u64,
-    /// The [`Role`] that it had when it was heard of last.
+    /// What its beacon said when it was read last: the [`Role`], not yet [`Role::Young`],
     pub role: u64,
+    /// and when it ran its guest first.
+    pub born_ns: u64,
 }
 
 /// Values that are kept in a thread's own entry.
@@ -121,14 +123,25 @@ pub struct CellKey {
 impl Tracked {
     /// As the loader reads and writes it.
     #[must_use]
-    pub const fn words(self) -> [u64; 2] {
-        [self.beacon, self.role]
+    pub const fn words(self) -> [u64; 3] {
+        [self.beacon, self.role, self.born_ns]
     }
 
     /// The same backwards.
     #[must_use]
-    pub const fn from_words([beacon, role]: [u64; 2]) -> Self {
-        Self { beacon, role }
+    pub const fn from_words([beacon, role, born_ns]: [u64; 3]) -> Self {
+        Self { beacon, role, born_ns }
+    }
+
+    /// The number of the [`Role`] that it has at `now`.
+    #[inline]
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "a role's number is small")]
+    pub const fn role_at(&self, now: u64) -> u8 {
+        let young = self.role == Role::Parent as u64
+            && self.born_ns != 0
+            && now.saturating_sub(self.born_ns) < Role::YOUNG_NS;
+        if young { Role::Young as u8 } else { self.role as u8 }
     }
 }
 
@@ -211,8 +224,19 @@ mod tests {
         let key = CellKey { pid: 0x0403_0201, role: 5, metric: 6, bucket: 0x0807 };
         assert_eq!(key.word(), 0x0807_0605_0403_0201);
         assert_eq!(CellKey::from_word(key.word()), key);
-        let tracked = Tracked { beacon: 7, role: 2 };
+        let tracked = Tracked { beacon: 7, role: 2, born_ns: 5 };
         assert_eq!(Tracked::from_words(tracked.words()), tracked);
+    }
+
+    #[test]
+    fn an_instance_is_young_for_a_millisecond() {
+        let role = |role, born_ns, now| {
+            Tracked { beacon: 0, role: role as u64, born_ns }.role_at(now)
+        };
+        assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS - 1), Role::Young as u8);
+        assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS), Role::Parent as u8);
+        assert_eq!(role(Role::Parent, 0, 1), Role::Parent as u8, "a root");
+        assert_eq!(role(Role::Standby, 5, 6), Role::Standby as u8);
     }
 
     #[test]

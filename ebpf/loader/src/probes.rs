@@ -333,7 +333,7 @@ impl Probes {
 
     fn tracked(&self, pid: u32) -> Option<Tracked> {
         let map = self.ebpf.map("PROCESSES")?;
-        let processes = HashMap::<&MapData, u32, [u64; 2]>::try_from(map).ok()?;
+        let processes = HashMap::<&MapData, u32, [u64; 3]>::try_from(map).ok()?;
         processes.get(&pid, 0).ok().map(Tracked::from_words)
     }
 
@@ -464,7 +464,7 @@ fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
 }
 
 /// To [`Tracked::words`].
-type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 2]>;
+type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 3]>;
 /// To what [`Thread::from_words`] reads.
 type Threads<'a> = HashMap<&'a mut MapData, u32, [u64; THREAD_WORDS]>;
 /// [`CellKey::word`] to count and sum.

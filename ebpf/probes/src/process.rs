@@ -43,7 +43,7 @@ fn forked(parent: u64, child: u64) -> i32 {
     if parent != pid {
         // SAFETY: an element of a map that is not freed while this program runs.
         let beacon = unsafe { (*tracked).beacon };
-        let tracked = Tracked { beacon, role: Role::Unknown as u64 };
+        let tracked = Tracked { beacon, role: Role::Unknown as u64, born_ns: 0 };
         if PROCESSES.insert(&pid, &tracked, 0).is_err() {
             lose(lost::PROCESSES);
         }
@@ -65,6 +65,7 @@ fn executed() -> i32 {
         let tracked = unsafe { &mut *tracked };
         tracked.beacon = 0;
         tracked.role = Role::Unknown as u64;
+        tracked.born_ns = 0;
     }
     0
 }

@@ -37,7 +37,8 @@ pub fn is_ours(pid: u32) -> bool {
     PROCESSES.get_ptr(&pid).is_some()
 }
 
-/// The process of this moment, if it is ours, with what it says about itself.
+/// The process of this moment, if it is ours, with what it says about itself. That is noted, too, for
+/// moments at which its memory is not at hand.
 #[inline(always)]
 pub fn current() -> Option<Current> {
     let (pid, tid) = ids();
@@ -49,17 +50,15 @@ pub fn current() -> Option<Current> {
         // SAFETY: the helper copes with every address.
         at => unsafe { bpf_probe_read_user(at as *const Beacon) }.ok(),
     };
-    let beacon = beacon.unwrap_or(SILENT);
-    let mut role = beacon.role as u8;
-    if role == Role::Parent as u8 && beacon.born_ns != 0 && now() - beacon.born_ns < Role::YOUNG_NS
-    {
-        role = Role::Young as u8;
+    // Its last thread has no memory any more when it leaves: then what was known holds.
+    if let Some(beacon) = &beacon {
+        let role = u64::from(beacon.role);
+        if known.role != role || known.born_ns != beacon.born_ns {
+            known.born_ns = beacon.born_ns;
+            known.role = role;
+        }
     }
-    // For those who ask from outside.
-    if known.role != u64::from(role) {
-        known.role = u64::from(role);
-    }
-    Some(Current { pid, tid, beacon, role })
+    Some(Current { pid, tid, beacon: beacon.unwrap_or(SILENT), role: known.role_at(now()) })
 }
 
 /// Counts a value: what took so many ns, or the reason of an exit.

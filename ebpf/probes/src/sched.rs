@@ -4,8 +4,9 @@
 //! is idle: there, after the interrupt that ends its sleep, which is most of the wait (`ttwu_queue` in
 //! kernel/sched/core.c).
 //!
-//! When a thread is about to run, memory is still that of the one before it: what its process said
-//! about itself last must do.
+//! When a thread is about to run, memory is still that of the one before it. What its process says
+//! about itself is read when one of its threads leaves its processor: it may have become another since
+//! anything of it was counted.
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
@@ -14,7 +15,7 @@ use ebpf_common::{EventKind, Metric};
 use crate::begun::{self, Kind};
 use crate::maps::PROCESSES;
 use crate::process::{task_pid_of, task_tgid_of};
-use crate::record::{Current, SILENT, event, is_ours, took};
+use crate::record::{Current, SILENT, current, event, is_ours, now, took};
 
 #[raw_tracepoint(tracepoint = "sched_waking")]
 pub fn sched_waking(ctx: RawTracePointContext) -> i32 {
@@ -23,9 +24,10 @@ pub fn sched_waking(ctx: RawTracePointContext) -> i32 {
 
 #[raw_tracepoint(tracepoint = "sched_switch")]
 pub fn sched_switch(ctx: RawTracePointContext) -> i32 {
-    // Woken while it ran or could run: it did not wait for that.
-    if let Some(tid) = task_pid_of(ctx.arg(1)) {
-        begun::end(Kind::Wake, tid);
+    // This moment is still the one's that leaves.
+    if let Some(leaving) = current() {
+        // Woken while it ran or could run: it did not wait for that.
+        begun::end(Kind::Wake, leaving.tid);
     }
     runs(ctx.arg(2))
 }
@@ -49,7 +51,7 @@ fn runs(task: u64) -> i32 {
         && let Some((_, ns)) = begun::end(Kind::Wake, tid)
     {
         // SAFETY: an element of a map that is not freed while this program runs.
-        let role = unsafe { (*tracked).role } as u8;
+        let role = unsafe { &*tracked }.role_at(now());
         let current = Current { pid, tid, beacon: SILENT, role };
         took(&current, Metric::OffCpu, ns, event(EventKind::OffCpu, 0, 0));
     }
