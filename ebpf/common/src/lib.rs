@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`Beacon`] | what a process of ours says about itself, read by the probes where it lies |
 //! | [`Tracked`], [`Thread`] | what the probes know of a process and of a thread |
+//! | [`Kind`], [`Begun`] | what a thread waits for the end of |
 //! | [`Sample`] | one value, of a process that is new |
 //! | [`CellKey`], [`Cell`] | one bucket of one histogram |
 //! | [`Metric`] | what is counted |
@@ -54,7 +55,21 @@ pub struct Tracked {
 /// would cost it a microsecond. Its first values are written one after the other instead.
 pub const SAMPLES: usize = 49;
 
-/// Things that a thread can be in the midst of at the same time.
+/// What a thread can be in the midst of at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// A page fault.
+    Fault = 0,
+    /// A fault of the guest.
+    Kvm = 1,
+    /// The wait for a processor.
+    Wake = 2,
+    /// A call to KVM.
+    Call = 3,
+}
+
+/// Number of kinds.
 pub const KINDS: usize = 4;
 
 /// What the probes know of a thread, by its id.

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use aya::programs::uprobe::UProbeScope;
 use aya::programs::{FExit, KProbe, PerfEvent, ProgramError, RawTracePoint, UProbe};
+use aya::maps::{Array, MapError};
 use aya::{Btf, Ebpf};
+use ebpf_common::Kind;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::probes::{Attached, Level, Refused};
 
@@ -47,6 +50,8 @@ pub(crate) type Way = &'static [Program];
 pub(crate) struct Part {
     pub(crate) what: &'static str,
     pub(crate) ways: &'static [Way],
+    /// What begins and ends in it: nothing that began before it was attached ends in it.
+    pub(crate) kind: Option<Kind>,
     /// Without it the others are of no use.
     pub(crate) required: bool,
     pub(crate) level: Level,
@@ -66,6 +71,7 @@ pub(crate) const PARTS: [Part; 8] = [
             ("process_exec", Raw("sched_process_exec")),
             ("process_exit", Raw("sched_process_exit")),
         ]],
+        kind: None,
         required: true,
         level: Level::On,
     },
@@ -78,6 +84,7 @@ pub(crate) const PARTS: [Part; 8] = [
                 ("fault_major", Counter(SoftwareEvent::PageFaultsMaj)),
             ],
         ],
+        kind: Some(Kind::Fault),
         required: false,
         level: Level::On,
     },
@@ -87,12 +94,14 @@ pub(crate) const PARTS: [Part; 8] = [
             ("fault_user", Raw("page_fault_user")),
             ("fault_kernel", Raw("page_fault_kernel")),
         ]],
+        kind: Some(Kind::Fault),
         required: true,
         level: Level::On,
     },
     Part {
         what: "exits",
         ways: &[&[("kvm_userspace_exit", Raw("kvm_userspace_exit"))]],
+        kind: None,
         required: false,
         level: Level::All,
     },
@@ -107,12 +116,14 @@ pub(crate) const PARTS: [Part; 8] = [
             ],
             &[("kvm_page_fault", Raw("kvm_page_fault")), ("kvm_entry", Raw("kvm_entry"))],
         ],
+        kind: Some(Kind::Kvm),
         required: false,
         level: Level::All,
     },
     Part {
         what: "time off CPU",
         ways: &[&[("sched_switch", Raw("sched_switch")), ("sched_waking", Raw("sched_waking"))]],
+        kind: Some(Kind::Wake),
         required: false,
         level: Level::On,
     },
@@ -125,16 +136,27 @@ pub(crate) const PARTS: [Part; 8] = [
             ],
             &[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))],
         ],
+        kind: Some(Kind::Call),
         required: false,
         level: Level::Trace,
     },
     Part {
         what: "stages of a fork",
         ways: &[&[("stage", Stage)]],
+        kind: None,
         required: false,
         level: Level::Trace,
     },
 ];
+
+/// What begins from now on can end in these programs.
+pub(crate) fn begin(ebpf: &mut Ebpf, kind: Kind) -> Result<(), MapError> {
+    let now = clock_gettime(ClockId::Monotonic);
+    // Of a clock that began with the machine.
+    let ns = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
+    let map = ebpf.map_mut("SINCE").ok_or(MapError::InvalidName { name: "SINCE".to_owned() })?;
+    Array::<_, u64>::try_from(map)?.set(kind as u32, ns, 0)
+}
 
 /// Loads and attaches a part the best way that this kernel allows. `None`: no way.
 pub(crate) fn attach(

@@ -261,6 +261,9 @@ impl Probes {
             if there || part.what == FAULTS_END && !self.faults_end {
                 continue;
             }
+            if let Some(kind) = part.kind {
+                attach::begin(&mut self.ebpf, kind).map_err(ProbeError::map("SINCE"))?;
+            }
             match attach::attach(&mut self.ebpf, part, &mut self.refused) {
                 Some(attached) => self.attached.push(attached),
                 None if part.required => {

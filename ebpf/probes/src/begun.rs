@@ -1,19 +1,9 @@
 //! What a thread waits for the end of.
 
-use ebpf_common::{Begun, Thread, lost};
+use ebpf_common::{Begun, Kind, Thread, lost};
 
-use crate::maps::{BLANK, THREADS, lose};
+use crate::maps::{BLANK, SINCE, THREADS, lose};
 use crate::record::now;
-
-/// What can be under way in one thread at the same time.
-#[derive(Clone, Copy)]
-#[repr(usize)]
-pub enum Kind {
-    Fault = 0,
-    Kvm = 1,
-    Wake = 2,
-    Call = 3,
-}
 
 /// Something begins.
 #[inline(always)]
@@ -36,7 +26,8 @@ pub fn end(kind: Kind, tid: u32) -> Option<(Begun, u64)> {
     let thread = THREADS.get_ptr_mut(&tid)?;
     // SAFETY: as in `begin`.
     let begun = unsafe { (*thread).begun[kind as usize] };
-    if begun.ns == 0 {
+    // What began before these programs were attached may have ended meanwhile, unseen.
+    if begun.ns == 0 || begun.ns < SINCE.get(kind as u32).copied().unwrap_or(0) {
         return None;
     }
     // SAFETY: as in `begin`.

@@ -2,9 +2,9 @@
 
 use aya_ebpf::macros::{fexit, perf_event, raw_tracepoint};
 use aya_ebpf::programs::{FExitContext, PerfEventContext, RawTracePointContext};
-use ebpf_common::{EventKind, Metric};
+use ebpf_common::{EventKind, Kind, Metric};
 
-use crate::begun::{self, Kind};
+use crate::begun;
 use crate::maps::faults_end;
 use crate::record::{current, event, ids, is_ours, took};
 

@@ -4,9 +4,9 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use ebpf_common::{EventKind, Metric};
+use ebpf_common::{EventKind, Kind, Metric};
 
-use crate::begun::{self, Kind};
+use crate::begun;
 use crate::record::{count, current, event, ids, is_ours, send, took};
 
 /// Our own number of having no reason.

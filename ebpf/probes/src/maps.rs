@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
-use ebpf_common::{Cell, CellKey, Thread, Tracked, lost};
+use ebpf_common::{Cell, CellKey, KINDS, Thread, Tracked, lost};
 
 /// Processes of ours.
 #[map]
@@ -11,6 +11,10 @@ pub static PROCESSES: HashMap<u32, Tracked> = HashMap::with_max_entries(32768, 0
 /// Their threads: what each waits for the end of, and what is counted of new ones.
 #[map]
 pub static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(32768, 0);
+
+/// Since when the programs of each kind of beginning have been attached, in ns of the monotonic clock.
+#[map]
+pub static SINCE: Array<u64> = Array::with_max_entries(KINDS as u32, 0);
 
 /// A thread that nothing is known of, on each processor: too large for the stack.
 #[map]

@@ -10,9 +10,9 @@
 
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use ebpf_common::{EventKind, Metric};
+use ebpf_common::{EventKind, Kind, Metric};
 
-use crate::begun::{self, Kind};
+use crate::begun;
 use crate::maps::PROCESSES;
 use crate::process::{task_pid_of, task_tgid_of};
 use crate::record::{Current, SILENT, current, event, is_ours, now, took};

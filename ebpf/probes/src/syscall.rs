@@ -4,9 +4,9 @@
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::{kprobe, kretprobe, raw_tracepoint};
 use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
-use ebpf_common::{EventKind, Metric};
+use ebpf_common::{EventKind, Kind, Metric};
 
-use crate::begun::{self, Kind};
+use crate::begun;
 use crate::record::{current, event, ids, is_ours, send, took};
 
 const IOCTL: u64 = 16;
