@@ -38,7 +38,7 @@ fn every_part() -> Result<()> {
         ("exits", "raw_tp"),
         ("faults of the guest", "raw_tp"),
         ("time off CPU", "raw_tp"),
-        ("calls to KVM", "kprobe"),
+        ("calls to KVM", "raw_tp"),
         ("stages of a fork", "usdt"),
     ] {
         ensure!(how(what)? == best, "{what} is measured by {}, not {best}", how(what)?);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use aya::programs::uprobe::UProbeScope;
-use aya::programs::{FExit, KProbe, PerfEvent, ProgramError, RawTracePoint, UProbe};
+use aya::programs::{FExit, PerfEvent, ProgramError, RawTracePoint, UProbe};
 use aya::maps::{Array, MapError};
 use aya::{Btf, Ebpf};
 use ebpf_common::Kind;
@@ -19,8 +19,6 @@ pub(crate) enum How {
     RawTracepoint(&'static str),
     /// At the end of a kernel function, called directly.
     FExit(&'static str),
-    /// At a kernel function, by a breakpoint or its like; also at its return.
-    KProbe(&'static [&'static str]),
     /// At a counter of the kernel, on each processor, for each event.
     Counter(SoftwareEvent),
     /// At the stages of a fork in this program.
@@ -32,7 +30,6 @@ impl How {
         match self {
             Self::RawTracepoint(_) => "raw_tp",
             Self::FExit(_) => "fexit",
-            Self::KProbe(_) => "kprobe",
             Self::Counter(_) => "perf_event",
             Self::Stage => "usdt",
         }
@@ -60,7 +57,7 @@ pub(crate) struct Part {
 /// The part that `FAULTS_END` is about.
 pub(crate) const FAULTS_END: &str = "time of page faults";
 
-use How::{Counter, FExit as AtExit, KProbe as AtFunction, RawTracepoint as Raw, Stage};
+use How::{Counter, FExit as AtExit, RawTracepoint as Raw, Stage};
 
 /// Everything. What begins comes before what ends it.
 pub(crate) const PARTS: [Part; 8] = [
@@ -129,13 +126,7 @@ pub(crate) const PARTS: [Part; 8] = [
     },
     Part {
         what: "calls to KVM",
-        ways: &[
-            &[
-                ("call_ends", AtFunction(&["kvm_vcpu_ioctl", "kvm_vm_ioctl"])),
-                ("call_begins", AtFunction(&["kvm_vcpu_ioctl", "kvm_vm_ioctl"])),
-            ],
-            &[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))],
-        ],
+        ways: &[&[("sys_exit", Raw("sys_exit")), ("sys_enter", Raw("sys_enter"))]],
         kind: Some(Kind::Call),
         required: false,
         level: Level::Trace,
@@ -224,12 +215,6 @@ fn one(ebpf: &mut Ebpf, name: &str, how: How) -> Result<(), String> {
             let program: &mut FExit = program.try_into().map_err(text)?;
             program.load(at, &btf).and_then(|()| program.attach().map(drop))
         }
-        How::KProbe(at) => {
-            let program: &mut KProbe = program.try_into().map_err(text)?;
-            program
-                .load()
-                .and_then(|()| at.iter().try_for_each(|at| program.attach(at, 0).map(drop)))
-        }
         How::Counter(event) => {
             let program: &mut PerfEvent = program.try_into().map_err(text)?;
             program.load().and_then(|()| on_every_processor(program, event))
@@ -264,7 +249,6 @@ fn unload(ebpf: &mut Ebpf, name: &str) {
     match ebpf.program_mut(name) {
         Some(Program::RawTracePoint(program)) => program.unload().unwrap_or(()),
         Some(Program::FExit(program)) => program.unload().unwrap_or(()),
-        Some(Program::KProbe(program)) => program.unload().unwrap_or(()),
         Some(Program::PerfEvent(program)) => program.unload().unwrap_or(()),
         Some(Program::UProbe(program)) => program.unload().unwrap_or(()),
         _ => {}

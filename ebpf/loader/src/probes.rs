@@ -36,7 +36,7 @@ pub enum Level {
 pub struct Attached {
     /// What is.
     pub what: &'static str,
-    /// `raw_tp`, `fexit`, `kprobe`, `perf_event`, `usdt`.
+    /// `raw_tp`, `fexit`, `perf_event`, `usdt`.
     pub how: &'static str,
     /// From which level on.
     pub level: Level,

@@ -1,9 +1,14 @@
-//! Calls to KVM: at their functions where the kernel allows it, else among all system calls of the
-//! machine. Either costs too much for more than single forks: instances time their own calls.
+//! Calls to KVM, among all system calls of the machine, which costs too much for more than single
+//! forks: instances time their own calls.
+//!
+//! Not by kprobes at KVM's functions, where they are allowed: the kernel keeps a few returns only
+//! (twice the processors, 10 at least: `register_kretprobe` in kernel/kprobes.c), each vCPU that is in
+//! its guest holds one, and with none left ends are missed. More of them can be had through tracefs
+//! alone, where what a killed loader made would stay.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
-use aya_ebpf::macros::{kprobe, kretprobe, raw_tracepoint};
-use aya_ebpf::programs::{ProbeContext, RawTracePointContext, RetProbeContext};
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Kind, Metric};
 
 use crate::begun;
@@ -40,38 +45,14 @@ pub fn sys_enter(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `kvm_vcpu_ioctl` and `kvm_vm_ioctl`.
-#[kprobe]
-pub fn call_begins(ctx: ProbeContext) -> u32 {
-    let (pid, tid) = ids();
-    if is_ours(pid) {
-        let request: u64 = ctx.arg(1).unwrap_or(0);
-        begun::begin(Kind::Call, (pid, tid), request & 0xff, 0);
-    }
-    0
-}
-
-#[kretprobe]
-pub fn call_ends(_ctx: RetProbeContext) -> u32 {
-    ends();
-    0
-}
-
 #[raw_tracepoint(tracepoint = "sys_exit")]
 pub fn sys_exit(ctx: RawTracePointContext) -> i32 {
     let registers: u64 = ctx.arg(0);
     // SAFETY: the helper copes with every address.
     let number = unsafe { bpf_probe_read_kernel((registers + ORIG_RAX) as *const u64) };
-    if number == Ok(IOCTL) {
-        ends();
-    }
-    0
-}
-
-#[inline(always)]
-fn ends() {
     let (pid, tid) = ids();
-    if is_ours(pid)
+    if number == Ok(IOCTL)
+        && is_ours(pid)
         && let Some((begun, ns)) = begun::end(Kind::Call, tid)
         && let Some(current) = current()
     {
@@ -82,4 +63,5 @@ fn ends() {
             took(&current, Metric::Ioctl, ns, event);
         }
     }
+    0
 }
