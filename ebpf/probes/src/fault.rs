@@ -28,12 +28,14 @@ pub fn fault_handled(ctx: FExitContext) -> i32 {
     const REGISTERS: usize = 3;
     const RESULT: usize = 4;
     const MAJOR: u64 = 4;
+    // As in mm_account_fault of mm/memory.c: those that failed, and those that are tried again.
+    const ERROR: u64 = 0x1 | 0x2 | 0x10 | 0x20 | 0x40 | 0x800;
     const RETRY: u64 = 0x400;
     const FLAGS: usize = 2;
     const TRIED: u64 = 0x20;
     let (registers, result): (u64, u64) = (ctx.arg(REGISTERS), ctx.arg(RESULT));
     // Without registers it is not a fault of the thread's own.
-    if registers != 0 && result & RETRY == 0 {
+    if registers != 0 && result & (ERROR | RETRY) == 0 {
         // As the kernel counts: who tries again has waited for a disk.
         let flags: u64 = ctx.arg(FLAGS);
         ends(result & MAJOR != 0 || flags & TRIED != 0);
