@@ -8,6 +8,7 @@ use aya::programs::{FExit, PerfEvent, ProgramError, RawTracePoint, UProbe};
 use aya::maps::{Array, MapError};
 use aya::{Btf, Ebpf};
 use ebpf_common::Kind;
+use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::probes::{Attached, Level, Refused};
@@ -155,8 +156,10 @@ pub(crate) fn attach(
     part: &Part,
     refused: &mut Vec<Refused>,
 ) -> Option<(Attached, Way)> {
+    let of_part = |name: &str| part.ways.iter().any(|way| way.iter().any(|(it, _)| *it == name));
+    refused.retain(|refused| !refused.passing || !of_part(refused.program));
     for way in part.ways {
-        // What was refused once need not be tried again.
+        // What was refused once for good need not be tried again.
         if way.iter().any(|(name, _)| refused.iter().any(|refused| refused.program == *name)) {
             continue;
         }
@@ -166,7 +169,9 @@ pub(crate) fn attach(
                 done.push(name);
                 None
             }
-            Err(reason) => Some(Refused { program: name, how: how.name(), reason }),
+            Err(No { reason, passing }) => {
+                Some(Refused { program: name, how: how.name(), reason, passing })
+            }
         });
         let Some(failed) = failed else {
             let how = way.first().map_or("nothing", |(_, how)| how.name());
@@ -183,7 +188,7 @@ pub(crate) fn attach(
 }
 
 /// Loads and attaches each program by itself and takes it off again: what the kernel said of each.
-pub(crate) fn each(ebpf: &mut Ebpf) -> Vec<(Program, Result<(), String>)> {
+pub(crate) fn each(ebpf: &mut Ebpf) -> Vec<(Program, Result<(), No>)> {
     let programs = PARTS.iter().flat_map(|part| part.ways).flat_map(|way| way.iter());
     let mut seen = std::collections::BTreeSet::new();
     let mut results = Vec::new();
@@ -202,32 +207,75 @@ pub(crate) fn detach(ebpf: &mut Ebpf, way: Way) {
     }
 }
 
+/// Why a program is not attached.
+#[derive(Debug)]
+pub(crate) struct No {
+    pub(crate) reason: String,
+    /// It may be otherwise the next time.
+    passing: bool,
+}
+
+impl No {
+    fn new(error: impl std::error::Error + 'static) -> Self {
+        Self { passing: is_passing(&error), reason: text(error) }
+    }
+
+    fn because(reason: &str) -> Self {
+        Self { reason: reason.to_owned(), passing: false }
+    }
+}
+
+/// Whether the kernel, or this process, had no room for it or no time.
+fn is_passing(error: &(dyn std::error::Error + 'static)) -> bool {
+    const PASSING: [Errno; 7] = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::NOMEM,
+        Errno::AGAIN,
+        Errno::INTR,
+        Errno::BUSY,
+        Errno::NOSPC,
+    ];
+    // It passes for the error in it, and has none as its source.
+    if let Some(ProgramError::IOError(inner)) = error.downcast_ref() {
+        return is_passing(inner);
+    }
+    let of_kernel = error.downcast_ref::<std::io::Error>().and_then(Errno::from_io_error);
+    match (of_kernel, error.source()) {
+        (Some(errno), _) => PASSING.contains(&errno),
+        (None, Some(source)) => is_passing(source),
+        (None, None) => false,
+    }
+}
+
 /// Loads and attaches one program.
-fn one(ebpf: &mut Ebpf, name: &str, how: How) -> Result<(), String> {
-    let program = ebpf.program_mut(name).ok_or("it is not among the probes")?;
+fn one(ebpf: &mut Ebpf, name: &str, how: How) -> Result<(), No> {
+    let missing = || No::because("it is not among the probes");
+    let program = ebpf.program_mut(name).ok_or_else(missing)?;
     let result = match how {
         How::RawTracepoint(at) => {
-            let program: &mut RawTracePoint = program.try_into().map_err(text)?;
+            let program: &mut RawTracePoint = program.try_into().map_err(No::new)?;
             program.load().and_then(|()| program.attach(at).map(drop))
         }
         How::FExit(at) => {
-            let btf = Btf::from_sys_fs().map_err(text)?;
-            let program: &mut FExit = program.try_into().map_err(text)?;
+            let btf = Btf::from_sys_fs().map_err(No::new)?;
+            let program: &mut FExit = program.try_into().map_err(No::new)?;
             program.load(at, &btf).and_then(|()| program.attach().map(drop))
         }
         How::Counter(event) => {
-            let program: &mut PerfEvent = program.try_into().map_err(text)?;
+            let program: &mut PerfEvent = program.try_into().map_err(No::new)?;
             program.load().and_then(|()| on_every_processor(program, event))
         }
         How::Stage => {
-            let (path, offset) = stage_site().ok_or("this program has no mark ukp:stage")?;
-            let program: &mut UProbe = program.try_into().map_err(text)?;
+            let unmarked = || No::because("this program has no mark ukp:stage");
+            let (path, offset) = stage_site().ok_or_else(unmarked)?;
+            let program: &mut UProbe = program.try_into().map_err(No::new)?;
             program
                 .load()
                 .and_then(|()| program.attach(offset, path, UProbeScope::AllProcesses).map(drop))
         }
     };
-    result.map_err(text)
+    result.map_err(No::new)
 }
 
 fn on_every_processor(program: &mut PerfEvent, event: SoftwareEvent) -> Result<(), ProgramError> {
@@ -287,4 +335,24 @@ fn stage_site() -> Option<(PathBuf, u64)> {
     let path = std::env::current_exe().ok()?;
     let offset = crate::usdt::offset(Path::new(&path), "ukp", "stage")?;
     Some((path, offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn only_want_of_room_or_time_is_passing() {
+        let no = |errno: Errno| No::new(ProgramError::IOError(errno.into()));
+        assert!(no(Errno::MFILE).passing && no(Errno::NOMEM).passing);
+        let call = |errno: Errno| {
+            let io_error = errno.into();
+            No::new(ProgramError::SyscallError(SyscallError { call: "bpf_link_create", io_error }))
+        };
+        assert!(call(Errno::MFILE).passing && !call(Errno::PERM).passing);
+        assert!(!no(Errno::PERM).passing && !no(Errno::INVAL).passing);
+        assert!(!No::because("it is not among the probes").passing);
+    }
 }

@@ -51,6 +51,8 @@ pub struct Refused {
     pub how: &'static str,
     /// What the kernel said.
     pub reason: String,
+    /// Whether it was for want of something that may be there another time.
+    pub passing: bool,
 }
 
 impl std::fmt::Display for Refused {
@@ -210,7 +212,7 @@ impl Probes {
                     program,
                     how: how.name(),
                     faults_end,
-                    refused: result.err(),
+                    refused: result.err().map(|no| no.reason),
                 },
             ));
         }
