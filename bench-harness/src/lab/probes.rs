@@ -8,6 +8,7 @@ use ebpf_loader::{Counted, EventKind, Level, Metric, ProbeError, Probes, Role};
 use guest_abi::entry::PAGE;
 use guest_abi::param::{op, who};
 use runtime::kvm::calls;
+use runtime::memory::RamLayout;
 
 use super::bench::{Bench, Round};
 use super::error::Trouble;
@@ -139,17 +140,17 @@ fn places(bench: &mut Bench<'_>) -> Result<(), LabError> {
         });
         for event in of_child {
             let metric = u8::try_from(event.detail >> 32).ok().and_then(Metric::from_number);
-            let name = match EventKind::from_number(event.kind) {
-                Some(EventKind::KvmFault) => "guest_fault_page",
+            let (name, address) = match EventKind::from_number(event.kind) {
+                Some(EventKind::KvmFault) => ("guest_fault_page", event.what),
                 Some(EventKind::Fault)
                     if metric.is_some_and(|metric| Metric::GUEST_FAULTS.contains(&metric)) =>
                 {
-                    "process_fault_page"
+                    ("process_fault_page", RamLayout::address(event.what))
                 }
                 _ => continue,
             };
             #[expect(clippy::cast_precision_loss, reason = "a page's number is below 2^52")]
-            let page = (event.what >> 12) as f64;
+            let page = (address >> 12) as f64;
             bench.run.recorder.record_apart(name, page);
         }
         bench.next(&round)?;

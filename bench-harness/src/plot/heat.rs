@@ -11,8 +11,8 @@ const TOP: f64 = 92.0;
 /// From nothing over once, by powers of four.
 const SHADES: [&str; 6] = ["#f3f5f7", "#cfe3f2", "#8fbfe0", "#4a90c2", "#c2703a", "#8f1d1d"];
 
-/// A map of `bytes` of memory: each cell is as dark as something happened often in its pages (of
-/// 4 KiB).
+/// A map of memory up to the address `bytes`: each cell is as dark as something happened often in its
+/// pages (of 4 KiB). What is no memory stays white: nothing happens there.
 #[must_use]
 pub fn heat_map(title: &str, subtitle: &str, bytes: u64, pages: &[f64]) -> String {
     let cells = COLUMNS * ROWS;

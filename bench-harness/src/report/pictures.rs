@@ -1,5 +1,7 @@
 //! The plots of a run.
 
+use runtime::memory::RamLayout;
+
 use super::{RunSummary, ScenarioSummary};
 use crate::plot::{Curve, StageRow, TrendPoint, heat_map, percentile_curves, stage_stack, trend};
 use crate::record::Recorder;
@@ -34,7 +36,8 @@ pub(super) fn pictures(
             if recorder.metrics().any(|known| known == metric) {
                 let title = format!("{what}, first millisecond included");
                 let about = conditions(run, summary);
-                let text = heat_map(&title, &about, summary.scenario.memory_bytes(), &pages);
+                let end = RamLayout::new(summary.scenario.memory_mib).end();
+                let text = heat_map(&title, &about, end, &pages);
                 pictures.push((format!("heat-{name}-{}", metric.replace('_', "-")), text));
             }
         }

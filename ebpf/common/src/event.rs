@@ -4,11 +4,11 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum EventKind {
-    /// A page fault of the process; `what` is the address, in guest memory the offset; `detail` the
-    /// error code, the number of a [`Metric`](crate::Metric) in the upper half.
+    /// A page fault of the process; `what` is the address, in guest memory the offset in its image;
+    /// `detail` the error code, the number of a [`Metric`](crate::Metric) in the upper half.
     Fault = 0,
-    /// A fault of the guest that KVM resolved; `what` is the address, of the guest or of its
-    /// process, as the kernel tells it.
+    /// A fault of the guest that KVM resolved; `what` is the guest physical address (where the
+    /// processor walks shadow page tables, the virtual one: it is what KVM tells then).
     KvmFault = 1,
     /// An exit to user space; `what` is the reason.
     Exit = 2,

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::error::CliError;
 use super::parse::Prefix;
-use super::wire::{Answer, Ask, Listed, Probed, SOCKET};
+use super::wire::{Answer, Ask, Listed, Probed, SOCKET, Traced};
 
 /// How long an owner may take to list its instances, or to tell what was counted.
 const LIST_TIME: Duration = Duration::from_secs(5);
@@ -114,6 +114,21 @@ impl Line {
                 (Answer::Ended(mut part), _) => ended.append(&mut part),
                 (Answer::Failed(message), _) => return Err(CliError::internal(message)),
                 _ => return Ok((own.unwrap_or_default(), ended)),
+            }
+        }
+    }
+
+    /// The next fork with everything in it; `None` if the answer is another.
+    pub fn traced(&self, instance: Uuid, branch: bool) -> Result<Option<Traced>, CliError> {
+        self.send(&Ask::Trace { instance, branch })?;
+        let mut buffer = vec![0_u8; MAX_MESSAGE];
+        let mut traced: Option<Traced> = None;
+        loop {
+            match (self.receive(&mut buffer)?, &mut traced) {
+                (Answer::Traced(first), None) => traced = Some(*first),
+                (Answer::Events(mut part), Some(traced)) => traced.events.append(&mut part),
+                (Answer::Failed(message), _) => return Err(CliError::internal(message)),
+                _ => return Ok(traced),
             }
         }
     }

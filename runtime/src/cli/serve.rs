@@ -131,7 +131,7 @@ impl Server {
             Ask::Type { instance, bytes } => {
                 self.owner.type_in(instance, &bytes).map(Answer::Typed)
             }
-            Ask::Trace { instance, branch } => self.trace(instance, branch, connection),
+            Ask::Trace { instance, branch } => return self.trace(instance, branch, connection),
         };
         vec![answer.unwrap_or_else(|error| Answer::Failed(sys::chain(&error)))]
     }
@@ -203,14 +203,16 @@ impl Server {
         Ok((Probed { rows: ebpf_loader::rows(&own), ..probed }, ebpf_loader::rows(&ended)))
     }
 
-    fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Result<Answer, OwnerError> {
+    fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Vec<Answer> {
+        let failed = |reason: String| vec![Answer::Failed(reason)];
         if let Some(off) = &self.probes_off {
-            return Ok(Answer::Failed(format!("probes are off: {off}")));
+            return failed(format!("probes are off: {off}"));
         }
         let Ok(_alone) = self.tracing.try_lock() else {
-            return Ok(Answer::Failed("another trace of this tree is under way".to_owned()));
+            return failed("another trace of this tree is under way".to_owned());
         };
         tracing::trace(&self.owner, uuid, branch, || hung_up(connection))
+            .unwrap_or_else(|error| failed(sys::chain(&error)))
     }
 
     /// Sends what was said, and returns what comes behind it.

@@ -11,16 +11,14 @@ use super::args::TraceArgs;
 use super::error::CliError;
 use super::stats::{exit_name, losses, metric_name, us};
 use super::verbs::{alive, unexpected, with_progress};
-use super::wire::{Answer, Ask, Traced, TracedEvent, short};
+use super::wire::{Traced, TracedEvent, short};
 use super::{print, print_json};
 
 pub fn trace(args: &TraceArgs) -> Result<u8, CliError> {
     let (line, instance) = alive(&args.instance)?;
-    let ask = Ask::Trace { instance: instance.uuid, branch: args.branch };
     let waiting = if args.branch { "forking" } else { "waiting for the guest's next fork" };
-    let Answer::Traced(traced) = with_progress(waiting, || line.ask(&ask))? else {
-        return Err(unexpected());
-    };
+    let traced = with_progress(waiting, || line.traced(instance.uuid, args.branch))?;
+    let traced = traced.ok_or_else(unexpected)?;
     if args.json {
         print_json(&json!({ "instance": instance.uuid, "trace": traced }))?;
     } else {
@@ -94,7 +92,8 @@ fn text(traced: &Traced) -> String {
         add(at, format!("{who:10} {:>8}  ── {name}", ""));
     }
     for event in traced.events.iter().filter(|event| event.kind != EventKind::Stage as u8) {
-        let who = if event.pid == traced.parent_pid { "parent" } else { event.role.name() };
+        let parent = event.pid == traced.parent_pid;
+        let who = if parent { "parent".to_owned() } else { short(event.instance) };
         let took = if event.took_ns > 0 { us(event.took_ns) } else { String::new() };
         add(event.at_ns, format!("{who:10} {took:>8}  {}", what(event)));
     }
@@ -102,8 +101,11 @@ fn text(traced: &Traced) -> String {
         let sign = if at < 0 { "-" } else { "" };
         line(format_args!("{:>10} {row}", format!("{sign}{}", us(at.unsigned_abs()))));
     }
-    if traced.left_out > 0 {
-        line(format_args!("{} more events are left out", traced.left_out));
+    if traced.cut {
+        line(format_args!("so much happened that the beginning is missing"));
+    }
+    for refused in &traced.refused {
+        line(format_args!("refused here: {refused}"));
     }
     if traced.lost.any() {
         line(format_args!("{}", losses(&traced.lost)));
@@ -118,13 +120,13 @@ fn what(event: &TracedEvent) -> String {
             let name = metric.map_or("fault", metric_name);
             match metric {
                 Some(Metric::GuestCow | Metric::GuestMinor | Metric::GuestMajor) => {
-                    format!("{name}: page {} of guest memory", event.what >> 12)
+                    format!("{name}: guest page {}", event.what >> 12)
                 }
                 _ => format!("{name}: {:#x}", event.what),
             }
         }
         Some(EventKind::KvmFault) => {
-            format!("{}: page {}", metric_name(Metric::KvmFault), event.what >> 12)
+            format!("{}: guest page {}", metric_name(Metric::KvmFault), event.what >> 12)
         }
         Some(EventKind::Exit) => {
             format!("exit: {}", exit_name(u16::try_from(event.what).unwrap_or(u16::MAX)))

@@ -45,7 +45,7 @@ pub enum Ask {
     Logs { instance: Uuid, follow: bool },
     /// Types on its console.
     Type { instance: Uuid, bytes: Vec<u8> },
-    /// The next fork with everything in it; `branch` makes it.
+    /// The next fork with everything in it, in parts, then [`Answer::Done`]; `branch` makes it.
     Trace { instance: Uuid, branch: bool },
 }
 
@@ -71,6 +71,8 @@ pub enum Answer {
     Output { at: u64, bytes: Vec<u8> },
     /// The guest had room for so many bytes.
     Typed(usize),
+    /// A part of what happened in it.
+    Events(Vec<TracedEvent>),
     /// So many were killed.
     Killed(usize),
     /// Done, or the end of a list.
@@ -103,8 +105,10 @@ pub struct Traced {
     pub parent_pid: u32,
     /// What happened, in order.
     pub events: Vec<TracedEvent>,
-    /// Events that were left out, as the message would have been too long.
-    pub left_out: usize,
+    /// Programs that this kernel would not have, and why: what they see is missing.
+    pub refused: Vec<String>,
+    /// Whether so much happened that the beginning is missing.
+    pub cut: bool,
     /// What there was no room for.
     pub lost: Lost,
 }
@@ -118,6 +122,8 @@ pub struct TracedEvent {
     pub took_ns: u64,
     /// Its process.
     pub pid: u32,
+    /// The instance that this process is, or was about to become.
+    pub instance: Uuid,
     /// An `ebpf_loader::EventKind`.
     pub kind: u8,
     /// Who the process was.
@@ -125,7 +131,7 @@ pub struct TracedEvent {
     pub role: Role,
     /// The moment of the fork that was reached last, from 1; 0: none.
     pub stage: u16,
-    /// See `ebpf_loader::EventKind`.
+    /// See `ebpf_loader::EventKind`; of faults in guest memory the guest physical address.
     pub what: u64,
     /// See `ebpf_loader::EventKind`.
     pub detail: u64,

@@ -53,6 +53,18 @@ impl RamLayout {
         [low, high].into_iter().filter(|range| range.len > 0)
     }
 
+    /// The first guest physical address behind RAM.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.ranges().map(|range| range.start + range.len).max().unwrap_or(0)
+    }
+
+    /// The guest physical address of the byte at `offset` of the image.
+    #[must_use]
+    pub const fn address(offset: u64) -> u64 {
+        if offset < HOLE_START { offset } else { offset - HOLE_START + HOLE_END }
+    }
+
     /// The image page that holds page `offset` of memslot `slot`.
     #[must_use]
     pub fn image_page(&self, slot: u32, offset: u64) -> Option<u32> {
@@ -75,6 +87,11 @@ mod tests {
         assert_eq!(ranges[0], RamRange { start: 0, len: 3 << 30, offset: 0 });
         assert_eq!(ranges[1], RamRange { start: 4 << 30, len: 1 << 30, offset: 3 << 30 });
         assert_eq!(RamLayout::new(512).ranges().count(), 1);
+        for range in ranges {
+            assert_eq!(RamLayout::address(range.offset), range.start);
+            assert_eq!(RamLayout::address(range.offset + range.len - 1), range.start + range.len - 1);
+        }
+        assert_eq!((RamLayout::new(512).end(), RamLayout::new(4096).end()), (512 << 20, 5 << 30));
     }
 
     #[test]
