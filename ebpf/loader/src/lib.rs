@@ -17,6 +17,7 @@
 //! however it ends. Nothing is pinned.
 
 mod attach;
+mod counted;
 mod error;
 mod histogram;
 mod host;
@@ -27,8 +28,7 @@ mod trace;
 mod usdt;
 
 pub use ebpf_common::{Beacon, Event, EventKind, Metric, Role};
+pub use counted::{Counted, Lost, Row, counted, merge, rows};
 pub use error::ProbeError;
 pub use histogram::Histogram;
-pub use probes::{
-    Attached, Counted, Level, Lost, Probes, Refused, Row, Surveyed, counted, merge, rows,
-};
+pub use probes::{Attached, Level, Probes, Refused, Shortfall, Surveyed};

@@ -9,9 +9,9 @@ use ebpf_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::attach::{self, FAULTS_END, PARTS, Way};
+use crate::attach::{self, FAULTS_END, PARTS, Part, Way};
+use crate::counted::{Counted, Lost};
 use crate::error::ProbeError;
-use crate::histogram::Histogram;
 use crate::host;
 use crate::offsets::Offsets;
 use crate::trace::Trace;
@@ -61,6 +61,26 @@ impl std::fmt::Display for Refused {
     }
 }
 
+/// Something that this kernel does not let be measured the best way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Shortfall {
+    /// What is.
+    pub what: &'static str,
+    /// How it is measured; not at all, if there is nothing.
+    pub instead: Option<&'static str>,
+    /// What the kernel said to the better ways.
+    pub reason: String,
+}
+
+impl std::fmt::Display for Shortfall {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.instead {
+            Some(how) => write!(formatter, "{} by {how} ({})", self.what, self.reason),
+            None => write!(formatter, "no {} ({})", self.what, self.reason),
+        }
+    }
+}
+
 /// A program by itself, with one combination of constants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Surveyed {
@@ -72,82 +92,6 @@ pub struct Surveyed {
     pub faults_end: bool,
     /// What the kernel said, if it would not have it.
     pub refused: Option<String>,
-}
-
-/// What there was no room for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lost {
-    /// Values, as there was no room for another bucket.
-    pub values: u64,
-    /// Events of a trace.
-    pub events: u64,
-    /// Processes.
-    pub processes: u64,
-    /// Threads: what they began, and what was counted of them while they were new.
-    pub threads: u64,
-}
-
-impl Lost {
-    /// What was lost after `before`.
-    #[must_use]
-    pub fn since(&self, before: &Self) -> Self {
-        Self {
-            values: self.values.saturating_sub(before.values),
-            events: self.events.saturating_sub(before.events),
-            processes: self.processes.saturating_sub(before.processes),
-            threads: self.threads.saturating_sub(before.threads),
-        }
-    }
-
-    /// Whether anything was.
-    #[must_use]
-    pub fn any(&self) -> bool {
-        *self != Self::default()
-    }
-}
-
-/// Histograms of one process.
-pub type Counted = BTreeMap<(Role, Metric), Histogram>;
-
-/// One of them, as it is passed on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Row {
-    /// Who the process was.
-    #[serde(with = "crate::names::role")]
-    pub role: Role,
-    /// What was counted.
-    #[serde(with = "crate::names::metric")]
-    pub metric: Metric,
-    /// The values.
-    pub histogram: Histogram,
-}
-
-/// Histograms as a list.
-#[must_use]
-pub fn rows(counted: &Counted) -> Vec<Row> {
-    let row = |((role, metric), histogram): (&(Role, Metric), &Histogram)| Row {
-        role: *role,
-        metric: *metric,
-        histogram: histogram.clone(),
-    };
-    counted.iter().map(row).collect()
-}
-
-/// A list as histograms.
-#[must_use]
-pub fn counted(rows: &[Row]) -> Counted {
-    let mut counted = Counted::new();
-    for row in rows {
-        counted.entry((row.role, row.metric)).or_default().merge(&row.histogram);
-    }
-    counted
-}
-
-/// Adds what was counted elsewhere.
-pub fn merge(counted: &mut Counted, other: &Counted) {
-    for (key, histogram) in other {
-        counted.entry(*key).or_default().merge(histogram);
-    }
 }
 
 /// Probes that are loaded. They go with this value, and with its process.
@@ -297,6 +241,25 @@ impl Probes {
     #[must_use]
     pub fn refused(&self) -> &[Refused] {
         &self.refused
+    }
+
+    /// What is measured by other means than the best, or not at all.
+    #[must_use]
+    pub fn shortfalls(&self) -> Vec<Shortfall> {
+        let parts = PARTS.iter().filter(|part| part.level <= self.level);
+        parts.filter_map(|part| self.shortfall(part)).collect()
+    }
+
+    fn shortfall(&self, part: &Part) -> Option<Shortfall> {
+        let names = |way: Way| way.iter().map(|(name, _)| *name);
+        let attached = self.attached.iter().find(|(attached, _)| attached.what == part.what);
+        let is_it = |way| attached.is_some_and(|(_, attached)| names(attached).eq(names(way)));
+        let better = part.ways.iter().take_while(|way| !is_it(way));
+        let programs: Vec<_> = better.flat_map(|way| names(way)).collect();
+        let refused = self.refused.iter().filter(|refused| programs.contains(&refused.program));
+        let reason = refused.map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        let instead = attached.map(|(attached, _)| attached.how);
+        (!programs.is_empty()).then_some(Shortfall { what: part.what, instead, reason })
     }
 
     /// Measures a process and everything that it forks from now on. `beacon` is the address of its

@@ -27,6 +27,7 @@ use super::log::Logs;
 use super::parse;
 use super::serve::Server;
 use super::signals::Signals;
+use super::stats::shortfall;
 use super::wire::short;
 
 /// How long an instance may be waited for.
@@ -64,6 +65,9 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     };
     if let (Some(off), true) = (&probes_off, level != Level::Off) {
         lock(&screen).note(&format!("probes are off: {off}"));
+    }
+    if let Some(less) = owner.probes(|probes| shortfall(&probes.shortfalls())).flatten() {
+        lock(&screen).note(&less);
     }
     let server = Server::start(&owner, logs, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use ebpf_loader::{Lost, Metric, Row};
+use ebpf_loader::{Lost, Metric, Row, Shortfall};
 use runtime::proto::Stats;
 use serde_json::json;
 use uuid::Uuid;
@@ -128,6 +128,17 @@ pub fn remarks(probed: &Probed) -> Vec<String> {
         lines.push(losses(&probed.lost));
     }
     lines
+}
+
+/// One line about what the probes do not measure the best way.
+pub fn shortfall(all: &[Shortfall]) -> Option<String> {
+    let part = |shortfall: &Shortfall| match shortfall.instead {
+        Some(how) => format!("{} by {how}", shortfall.what),
+        None => format!("no {}", shortfall.what),
+    };
+    let all: Vec<_> = all.iter().map(part).collect();
+    let why = "`runtime doctor` tells why";
+    (!all.is_empty()).then(|| format!("probes do less than they could: {}; {why}", all.join(", ")))
 }
 
 /// KVM's statistics that are not 0, in one line.

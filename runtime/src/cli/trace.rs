@@ -104,8 +104,8 @@ fn text(traced: &Traced) -> String {
     if traced.cut {
         line(format_args!("so much happened that the beginning is missing"));
     }
-    for refused in &traced.refused {
-        line(format_args!("refused here: {refused}"));
+    for missing in &traced.missing {
+        line(format_args!("not measured here: {missing}"));
     }
     if traced.lost.any() {
         line(format_args!("{}", losses(&traced.lost)));

@@ -88,10 +88,13 @@ fn traced(
     let parent_pid = owner.with(uuid, |known| known.pid.cast_unsigned())?;
     let lost = lost(owner).since(&before);
     let cut = dropped_until_ns + BEFORE_NS.unsigned_abs() >= report.parent.doorbell_ns;
-    let refused = |probes: &mut Probes| probes.refused().iter().map(ToString::to_string).collect();
-    let refused = owner.probes(refused).unwrap_or_default();
+    let missing = |probes: &mut Probes| {
+        let all = probes.shortfalls().into_iter().filter(|it| it.instead.is_none());
+        all.map(|shortfall| shortfall.to_string()).collect()
+    };
+    let missing = owner.probes(missing).unwrap_or_default();
     let told = of_fork(owner, uuid, &report, &events)?;
-    let traced = Traced { report, parent_pid, events: Vec::new(), refused, cut, lost };
+    let traced = Traced { report, parent_pid, events: Vec::new(), missing, cut, lost };
     Ok(parts(traced, &told))
 }
 

@@ -105,8 +105,8 @@ pub struct Traced {
     pub parent_pid: u32,
     /// What happened, in order.
     pub events: Vec<TracedEvent>,
-    /// Programs that this kernel would not have, and why: what they see is missing.
-    pub refused: Vec<String>,
+    /// What could not be measured on this kernel, and why.
+    pub missing: Vec<String>,
     /// Whether so much happened that the beginning is missing.
     pub cut: bool,
     /// What there was no room for.

@@ -111,7 +111,7 @@ pub fn examine() -> Report {
 
 /// Whether it can be seen from the kernel's side what a fork costs.
 fn probes() -> Check {
-    match ebpf_loader::Probes::load(ebpf_loader::Level::All) {
+    match ebpf_loader::Probes::load(ebpf_loader::Level::Trace) {
         Ok(probes) => {
             let parts = probes.attached().into_iter();
             let parts = parts.map(|part| format!("{} ({})", part.what, part.how));
