@@ -37,6 +37,7 @@
 //! Exact counts (ioctls, system calls, allocations) do not need any of this: every difference from
 //! those recorded is an alarm ([`crate::gate`]).
 
+pub mod bootstrap;
 pub mod gate;
 pub mod interleave;
 pub mod rng;

@@ -206,7 +206,14 @@ fn shows(name: &str, run: &ScenarioRun) {
         "busy" => &["forkable_tax_ratio"],
         "children" => &["started_s", "private_user_bytes"],
         "upkeep" => &["idle_cpu_ratio"],
-        "probes" => &["probes_on_cost_ratio", "probes_all_cost_ratio", "probes_call_cost_ns"],
+        "probes" => &[
+            "probes_on_cost_ratio",
+            "probes_on_cost_high",
+            "probes_all_cost_ratio",
+            "probes_all_exit_cost_us",
+            "probes_call_cost_ns",
+            "probes_order_seed",
+        ],
         _ => &[],
     };
     for metric in metrics {

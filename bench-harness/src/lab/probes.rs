@@ -13,11 +13,13 @@ use runtime::memory::RamLayout;
 use super::bench::{Bench, Round};
 use super::error::Trouble;
 use super::program::{Plan, Work, step};
-use crate::record::Summary;
-use crate::session::LabError;
+use crate::session::{LabError, ScenarioRun};
+use crate::stats::bootstrap::median_interval;
+use crate::stats::rng::Rng;
+use crate::stats::signed_rank::median;
 
 /// Forks of one level in a row, and those before them that do not count.
-const BLOCK: u32 = 10;
+const BLOCK: u32 = 5;
 const UNCOUNTED: u32 = 2;
 /// Passes of the work that parent and child do after each fork.
 const PASSES: u64 = 4;
@@ -46,7 +48,16 @@ const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
     ("young_exits", Role::Young, &[Metric::Exits]),
 ];
 
-/// `forks` of each level, in blocks that take turns.
+/// What one block measured, in µs: the median of its `branch_us`, a page fault, an exit.
+#[derive(Clone, Copy)]
+struct Block {
+    branch: f64,
+    fault: f64,
+    exit: f64,
+}
+
+/// `forks` of each level, in blocks of each level whose order is drawn anew every time: whatever a
+/// block leaves to the next one comes from every level alike.
 pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
     let scenario = bench.scenario;
     let own = std::process::id();
@@ -54,23 +65,23 @@ pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
     bench.warm_up()?;
     let blocks = scenario.forks.div_ceil(BLOCK);
     bench.progress.phase("forks", u64::from(blocks * BLOCK) * LEVELS.len() as u64);
-    let mut ratios = [const { Vec::new() }; LEVELS.len()];
-    for block in 0..blocks as usize {
-        let mut medians = [f64::NAN; LEVELS.len()];
-        for turn in 0..LEVELS.len() {
-            let at = (block + turn) % LEVELS.len();
-            medians[at] = one_block(bench, LEVELS[at])?;
+    // All of its bits fit into a value of the report.
+    let seed = runtime::sys::realtime_ns() & u64::from(u32::MAX);
+    #[expect(clippy::cast_precision_loss, reason = "32 bits")]
+    bench.run.values.insert("probes_order_seed".to_owned(), seed as f64);
+    let mut rng = Rng::new(seed);
+    let mut rounds = Vec::new();
+    for _ in 0..blocks {
+        let mut round = [Block { branch: f64::NAN, fault: f64::NAN, exit: f64::NAN }; LEVELS.len()];
+        for at in order(&mut rng) {
+            round[at] = one_block(bench, LEVELS[at])?;
         }
-        for (ratios, median) in ratios.iter_mut().zip(medians) {
-            ratios.push(median / medians[0] - 1.0);
-        }
+        rounds.push(round);
     }
     bench.progress.phase("where", WHERE.into());
     places(bench)?;
-    for (ratios, (_, name)) in ratios.iter().zip(LEVELS).skip(1) {
-        if let Some(summary) = Summary::of(ratios) {
-            bench.run.values.insert(format!("probes_{name}_cost_ratio"), summary.p50.0);
-        }
+    for (level, (_, name)) in LEVELS.iter().enumerate().skip(1) {
+        costs(&mut bench.run, &rounds, level, name, &mut rng);
     }
     #[expect(clippy::cast_precision_loss, reason = "some ns")]
     let cost = calls::cost_ns(CALLS) as f64;
@@ -80,6 +91,40 @@ pub(super) fn probes(bench: &mut Bench<'_>) -> Result<(), LabError> {
         bench.run.notes.push(format!("the probes lost something for want of room: {lost:?}"));
     }
     Ok(())
+}
+
+/// The levels in an order that is as likely as any other.
+fn order(rng: &mut Rng) -> [usize; LEVELS.len()] {
+    let mut order = std::array::from_fn(|at| at);
+    for last in (1..order.len()).rev() {
+        let places = last as u64 + 1;
+        // Of four places none is favoured by more than 2^-61.
+        order.swap(last, usize::try_from(rng.bits() % places).unwrap_or(last));
+    }
+    order
+}
+
+/// What a level costs more than none: medians over what blocks that were neighbours differ by.
+fn costs(
+    run: &mut ScenarioRun,
+    rounds: &[[Block; LEVELS.len()]],
+    level: usize,
+    name: &str,
+    rng: &mut Rng,
+) {
+    let over = |cost: fn(&Block, &Block) -> f64| -> Vec<f64> {
+        rounds.iter().map(|round| cost(&round[level], &round[0])).collect()
+    };
+    let mut put = |name: String, value: Option<f64>| run.values.extend(value.map(|it| (name, it)));
+    let mut ratios = over(|with, without| with.branch / without.branch - 1.0);
+    let interval = median_interval(&ratios, rng);
+    put(format!("probes_{name}_cost_low"), interval.map(|[low, _]| low));
+    put(format!("probes_{name}_cost_high"), interval.map(|[_, high]| high));
+    put(format!("probes_{name}_cost_ratio"), median(&mut ratios));
+    let mut fault = over(|with, without| with.fault - without.fault);
+    put(format!("probes_{name}_fault_cost_us"), median(&mut fault));
+    let mut exit = over(|with, without| with.exit - without.exit);
+    put(format!("probes_{name}_exit_cost_us"), median(&mut exit));
 }
 
 /// What `f` makes of the probes of this scenario.
@@ -94,8 +139,7 @@ fn with<R>(
     }
 }
 
-/// One block; the median of its `branch_us`.
-fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<f64, LabError> {
+fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<Block, LabError> {
     with(bench, |probes| probes.set_level(level))?;
     let mut branch = Vec::new();
     for index in 0..UNCOUNTED + BLOCK {
@@ -121,7 +165,7 @@ fn one_block(bench: &mut Bench<'_>, (level, name): (Level, &str)) -> Result<f64,
     let (fault, exit) = (fault_us(), exit_us(bench)?);
     bench.run.recorder.record_apart(format!("probes_{name}_fault_us"), fault);
     bench.run.recorder.record_apart(format!("probes_{name}_exit_us"), exit);
-    Ok(Summary::of(&branch).map_or(f64::NAN, |summary| summary.p50.0))
+    Ok(Block { branch: median(&mut branch).unwrap_or(f64::NAN), fault, exit })
 }
 
 /// Where in guest memory the children's faults are, from their wake-up to the end of their first
@@ -207,4 +251,42 @@ fn exit_us(bench: &Bench<'_>) -> Result<f64, Trouble> {
     #[expect(clippy::cast_precision_loss, reason = "a thousand")]
     let exits = EXITS as f64;
     Ok(guest.us(words.at(4).saturating_sub(words.at(2))) / exits)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn every_order_is_as_likely_as_the_others() {
+        let mut rng = Rng::new(3);
+        let mut seen = BTreeMap::<_, u32>::new();
+        for _ in 0..2400 {
+            *seen.entry(order(&mut rng)).or_default() += 1;
+        }
+        assert_eq!(seen.len(), 24);
+        assert!(seen.values().all(|count| (60..150).contains(count)), "{seen:?}");
+        assert_eq!(order(&mut Rng::new(5)), order(&mut Rng::new(5)));
+    }
+
+    #[test]
+    fn costs_are_differences_between_neighbours() {
+        // The machine becomes slower from round to round; a level costs a tenth of a fork.
+        let round = |slow: u32| {
+            let us = f64::from(100 + slow);
+            let block = |factor: f64| Block { branch: us * factor, fault: us * factor, exit: us };
+            [block(1.0), block(1.1), block(1.2), block(1.3)]
+        };
+        let rounds: Vec<_> = (0..20).map(round).collect();
+        let mut run = ScenarioRun::default();
+        costs(&mut run, &rounds, 1, "on", &mut Rng::new(1));
+        let value = |name: &str| run.values.get(name).copied().unwrap_or(f64::NAN);
+        for name in ["probes_on_cost_ratio", "probes_on_cost_low", "probes_on_cost_high"] {
+            assert!((value(name) - 0.1).abs() < 1e-9, "{name}: {}", value(name));
+        }
+        assert!((value("probes_on_fault_cost_us") - 10.95).abs() < 1e-9);
+        assert!(value("probes_on_exit_cost_us").abs() < 1e-9);
+    }
 }

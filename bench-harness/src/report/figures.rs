@@ -16,6 +16,8 @@ pub enum Met {
     Must,
     /// Not reached.
     Missed,
+    /// There is no bound: it is to be told.
+    Told,
     /// A scenario that it needs was not run, or did not measure it.
     NotMeasured,
 }
@@ -35,6 +37,9 @@ pub struct FigureVerdict {
     pub at_least: bool,
     /// The figure of this run.
     pub measured: Option<f64>,
+    /// Where it lies with 95 % confidence, if that was reckoned.
+    #[serde(default)]
+    pub interval: Option<[f64; 2]>,
     /// The verdict.
     pub met: Met,
     /// If it was missed: by how much (0.2 is 20 %) of the bound that was missed.
@@ -204,9 +209,14 @@ fn probes(table: &mut Table<'_>) {
     let name = "probes";
     let cost = |level| table.runs.value(name, level);
     let (on, all) = (cost("probes_on_cost_ratio"), cost("probes_all_cost_ratio"));
-    let of = |metric| table.runs.metric(name, metric).map(|summary| summary.p50.0);
-    let faults = of("child_process_faults");
+    let of = |metric| table.runs.metric(name, metric);
+    let faults = of("child_process_faults").map(|summary| summary.p50.0);
     let young = of("young_process_faults");
+    let interval = |level: &str| {
+        let end = |end| cost(&format!("probes_{level}_cost_{end}"));
+        end("low").zip(end("high")).map(|(low, high)| [low, high])
+    };
+    let (about_on, about_all) = (interval("on"), interval("all"));
     table.at_most(
         "what probes that are on add to branch (share)",
         name,
@@ -214,7 +224,20 @@ fn probes(table: &mut Table<'_>) {
         Some(0.01),
         on,
     );
+    table.within(about_on);
     table.at_most("what all probes add to branch (share)", name, Some(0.03), None, all);
+    table.within(about_all);
+    for (what, value) in [
+        ("what probes that are on add to a page fault (µs)", cost("probes_on_fault_cost_us")),
+        ("what all probes add to a page fault (µs)", cost("probes_all_fault_cost_us")),
+        ("what all probes add to an exit (µs)", cost("probes_all_exit_cost_us")),
+        (
+            "what timing its own call to KVM costs an instance (µs)",
+            cost("probes_call_cost_ns").map(|ns| ns / 1000.0),
+        ),
+    ] {
+        table.told(what, name, value);
+    }
     table.at_most(
         "page faults of a child before its first exit, p50",
         name,
@@ -222,7 +245,9 @@ fn probes(table: &mut Table<'_>) {
         None,
         faults,
     );
-    table.at_most("page faults in its first millisecond, p50", name, Some(10.0), None, young);
+    let (p50, p90) = (young.map(|it| it.p50.0), young.map(|it| it.p90.0));
+    table.at_most("page faults in its first millisecond, p50", name, Some(10.0), None, p50);
+    table.at_most("page faults in its first millisecond, p90", name, Some(10.0), None, p90);
 }
 
 fn crowd(table: &mut Table<'_>) {
@@ -285,6 +310,17 @@ impl Table<'_> {
         self.push((what, scenario), (must, then), true, measured, Of::Middle);
     }
 
+    fn told(&mut self, what: &str, scenario: &str, measured: Option<f64>) {
+        self.push((what, scenario), (None, None), false, measured, Of::Middle);
+    }
+
+    /// How sure the last figure is.
+    fn within(&mut self, interval: Option<[f64; 2]>) {
+        if let Some(row) = self.rows.last_mut() {
+            row.interval = interval;
+        }
+    }
+
     fn push(
         &mut self,
         (what, scenario): (&str, &str),
@@ -299,6 +335,7 @@ impl Table<'_> {
             |bound: f64, value: f64| if at_least { value >= bound } else { value <= bound };
         let met = match measured {
             None => Met::NotMeasured,
+            Some(_) if must.is_none() && then.is_none() => Met::Told,
             Some(value) if then.is_some_and(|bound| reaches(bound, value)) => Met::Then,
             Some(value) if must.is_some_and(|bound| reaches(bound, value)) => Met::Must,
             Some(_) => Met::Missed,
@@ -312,6 +349,7 @@ impl Table<'_> {
             then,
             at_least,
             measured: measured.filter(|value| value.is_finite()),
+            interval: None,
             met,
             missed_by: bound
                 .zip(measured)

@@ -175,14 +175,18 @@ fn figure_row(figure: &FigureVerdict) -> Vec<String> {
         (Met::Must, _) => "met".to_owned(),
         (Met::Missed, Some(by)) => format!("**missed by {:.0} %**", by * 100.0),
         (Met::Missed, None) => "**missed**".to_owned(),
+        (Met::Told, _) => NONE.to_owned(),
         (Met::NotMeasured, _) => "not measured".to_owned(),
     };
+    let interval = figure.interval.map_or_else(String::new, |[low, high]| {
+        format!(" (95 %: {} to {})", number(low), number(high))
+    });
     vec![
         figure.what.clone(),
         figure.scenario.clone(),
         bound(figure.must),
         bound(figure.then),
-        or_none(figure.measured.map(number)),
+        or_none(figure.measured.map(|value| number(value) + &interval)),
         verdict,
         figure.stage.clone().unwrap_or_else(|| NONE.to_owned()),
     ]
