@@ -207,7 +207,7 @@ fn dirty_pages(table: &mut Table<'_>) {
 
 fn probes(table: &mut Table<'_>) {
     let name = "probes";
-    let cost = |level| table.runs.value(name, level);
+    let cost = |level: &str| table.runs.value(name, level);
     let (on, all) = (cost("probes_on_cost_ratio"), cost("probes_all_cost_ratio"));
     let of = |metric| table.runs.metric(name, metric);
     let faults = of("child_process_faults").map(|summary| summary.p50.0);
