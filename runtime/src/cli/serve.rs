@@ -200,7 +200,8 @@ impl Server {
             None => Probed { off: self.probes_off.clone(), ..Probed::default() },
             Some(probed) => probed.map_err(|error| sys::chain(&error))?,
         };
-        Ok((Probed { rows: ebpf_loader::rows(&own), ..probed }, ebpf_loader::rows(&ended)))
+        let (rows, unread) = (ebpf_loader::rows(&own), self.owner.probes_unread());
+        Ok((Probed { rows, unread, ..probed }, ebpf_loader::rows(&ended)))
     }
 
     fn trace(&self, uuid: Uuid, branch: bool, connection: &OwnedFd) -> Vec<Answer> {

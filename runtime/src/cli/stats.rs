@@ -127,6 +127,8 @@ pub fn remarks(probed: &Probed) -> Vec<String> {
     if probed.lost.any() {
         lines.push(losses(&probed.lost));
     }
+    let unread = probed.unread.iter();
+    lines.extend(unread.map(|why| format!("what has ended stays in the kernel: {why}")));
     lines
 }
 

@@ -94,6 +94,8 @@ pub struct Probed {
     pub rows: Vec<Row>,
     /// What there was no room for, of all instances of this owner.
     pub lost: Lost,
+    /// Why there will be no room soon: what was counted cannot be taken out of the kernel.
+    pub unread: Option<String>,
 }
 
 /// A fork with everything in it.

@@ -24,6 +24,13 @@ impl Owner {
         self.shared.watch.lock().as_mut().map(f)
     }
 
+    /// Why what was counted of processes that have ended stays in the kernel, where there will be no
+    /// room for more, if it does.
+    #[must_use]
+    pub fn probes_unread(&self) -> Option<String> {
+        self.shared.watch.unread()
+    }
+
     /// Counters of an instance.
     ///
     /// # Errors

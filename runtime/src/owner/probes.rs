@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ebpf_loader::{Level, ProbeError, Probes};
 
-use crate::beacon;
+use crate::{beacon, sys};
 
 /// How often what was counted of processes that have ended is taken out of the kernel: there is room
 /// for so many.
@@ -20,6 +20,8 @@ pub(super) struct Watch(Arc<Watched>);
 #[derive(Debug, Default)]
 struct Watched {
     probes: Mutex<Option<Probes>>,
+    /// Why what was counted of processes that have ended could not be taken out, the first time.
+    unread: OnceLock<String>,
     /// Processes that were heard of while the probes were being read.
     heard: Mutex<Vec<u32>>,
 }
@@ -36,7 +38,11 @@ impl Watch {
                 std::thread::sleep(SWEEP);
                 watch.upgrade()
             } {
-                drop(Self(watch).lock().as_mut().map(Probes::read));
+                let read = Self(watch.clone()).lock().as_mut().map(Probes::read);
+                if let Some(Err(error)) = read {
+                    // What is told already stays.
+                    watch.unread.get_or_init(|| sys::chain(&error));
+                }
             }
         }));
         Ok(())
@@ -46,6 +52,11 @@ impl Watch {
         let mut probes = self.0.probes.lock().unwrap_or_else(PoisonError::into_inner);
         self.catch_up(&mut probes);
         probes
+    }
+
+    /// Why room in the kernel is not given back, if it is not.
+    pub(super) fn unread(&self) -> Option<String> {
+        self.0.unread.get().cloned()
     }
 
     fn catch_up(&self, probes: &mut Option<Probes>) {
