@@ -14,6 +14,7 @@ mod idle;
 mod isolation;
 mod leaks;
 mod limits;
+mod metrics;
 mod owner;
 mod pressure;
 mod probes;
@@ -46,6 +47,7 @@ fn main() {
         leaks::cases(),
         owner::cases(),
         probes::cases(),
+        metrics::cases(),
     ];
     let cases = areas.into_iter().flatten();
     let trials = cases.map(|case| case.needs(missing.clone()).into_trial("direct")).collect();

@@ -1,19 +1,15 @@
 //! What the probes count, against a second source.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ebpf_loader::{Counted, EventKind, Level, Lost, Metric, Probes, Role};
-use runtime::fork::{ForkReport, Moment};
-use runtime::memory::BackingKind;
+use ebpf_loader::{Level, Lost, Metric, Probes, Role};
 use runtime::proto::{InstanceConfig, Request};
 use tests::case::Case;
-use tests::probes::counted;
-use tests::program::{Forked, dirty, exit, fork};
+use tests::probes::{count, counted};
+use tests::program::{dirty, fork};
 use tests::rig::{PATIENCE, Rig};
 use tests::{census, host};
 
@@ -22,8 +18,11 @@ pub const LOAD_AND_WAIT: &str = "UKP_TEST_LOAD_PROBES";
 
 pub fn cases() -> Vec<Case> {
     let missing = host::without_probes();
-    let mut cases = vec![
-        Case::new("probes::faults_of_a_process_are_those_of_getrusage", getrusage),
+    let cases = vec![
+        Case::new(
+            "probes::faults_of_a_process_are_those_of_getrusage",
+            tests::probes::agree_with_getrusage,
+        ),
         Case::new("probes::a_child_s_faults_are_those_that_the_engine_saw", of_a_child),
         Case::new("probes::faults_and_exits_are_those_of_kvm_s_own_statistics", of_kvm),
         Case::new("probes::a_child_of_a_quiet_parent_takes_no_page_fault", unfaulting).alone(),
@@ -32,98 +31,22 @@ pub fn cases() -> Vec<Case> {
         Case::new("probes::nothing_is_kept_of_children_that_have_ended", ended),
         Case::new("probes::children_of_a_raised_zygote_are_known", raised),
         Case::new("probes::calls_are_those_that_the_kernel_sees", calls).alone(),
-        Case::new("probes::stages_are_where_the_engine_stamps_them", stages).alone(),
         Case::new("probes::events_that_found_no_room_are_counted", overrun),
         Case::new("probes::nothing_is_left_of_a_loader_that_was_killed", killed).alone(),
     ];
-    let backings = [
-        ("4k", BackingKind::Small, None),
-        ("thp", BackingKind::Thp, host::without_thp()),
-        ("hugetlb", BackingKind::Hugetlb, host::without_huge_pages()),
-    ];
-    cases.extend(backings.map(|(name, backing, missing)| {
-        let name = format!("probes::pages_that_a_guest_writes_first_are_faults_{name}");
-        Case::new(name, move || touches(backing)).needs(missing)
-    }));
     cases.into_iter().map(|case| case.needs(missing.clone())).collect()
 }
 
-fn rig(config: InstanceConfig) -> Result<Rig> {
+pub fn rig(config: InstanceConfig) -> Result<Rig> {
     Rig::probed(config, Level::Trace)
 }
 
-fn small() -> InstanceConfig {
+pub fn small() -> InstanceConfig {
     InstanceConfig { memory_mib: 32, ..<_>::default() }
 }
 
-fn lost(rig: &Rig) -> Result<Lost> {
+pub fn lost(rig: &Rig) -> Result<Lost> {
     Ok(rig.owner.probes(Probes::lost).context("no probes")??)
-}
-
-/// How often, of those roles (all, if there is none).
-fn count(counted: &Counted, roles: &[Role], metrics: &[Metric]) -> u64 {
-    let wanted = |(role, metric): &(Role, Metric)| {
-        (roles.is_empty() || roles.contains(role)) && metrics.contains(metric)
-    };
-    counted.iter().filter(|(key, _)| wanted(key)).map(|(_, histogram)| histogram.count()).sum()
-}
-
-/// Page faults of a process, as the kernel counts them in `/proc`: minor and major.
-fn faults_of(pid: u32) -> Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields = stat.rsplit_once(')').context("a stat without a name")?.1;
-    let fields: Vec<&str> = fields.split_whitespace().collect();
-    let field = |at: usize| fields.get(at).and_then(|text| text.parse::<u64>().ok());
-    field(7).zip(field(9)).map(|(minor, major)| minor + major).context("a short stat")
-}
-
-/// Of this process, which touches memory it never had.
-fn getrusage() -> Result<()> {
-    const PAGES: usize = 20_000;
-    let mut probes = Probes::load(Level::On)?;
-    let pid = std::process::id();
-    probes.track(pid, 0)?;
-    let read = |probes: &mut Probes| -> Result<u64> {
-        let all = probes.read()?;
-        Ok(all.get(&pid).map_or(0, |all| count(all, &[], &Metric::PROCESS_FAULTS)))
-    };
-    let (was, counted_before) = (faults_of(pid)?, read(&mut probes)?);
-    let mut memory = vec![0_u8; PAGES * 4096];
-    memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
-    std::hint::black_box(&memory);
-    let (counted, kernel) = (read(&mut probes)? - counted_before, faults_of(pid)? - was);
-    ensure!(counted >= PAGES as u64, "{counted} faults for {PAGES} pages");
-    // Other tests run in this process, and reading takes a few faults.
-    ensure!(counted.abs_diff(kernel) <= 64 + kernel / 100, "{counted} counted, {kernel} in /proc");
-    ensure!(!probes.lost()?.any(), "{:?}", probes.lost()?);
-    Ok(())
-}
-
-/// Pages that the child's guest writes first are faults that KVM resolves, one each with pages of
-/// 4 KiB, and at least one for each huge page.
-fn touches(backing: BackingKind) -> Result<()> {
-    const PAGES: u64 = 1500;
-    let _setting = match backing {
-        BackingKind::Small => None,
-        BackingKind::Thp => Some(host::shmem_thp()?),
-        BackingKind::Hugetlb => Some(host::huge_pages(160)?),
-    };
-    let rig = rig(InstanceConfig { backing, ..small() })?;
-    let child = rig.branch(rig.root, 1)?[0];
-    rig.run(child, &[dirty(1, 6, 6)])?;
-    let before = counted(&rig, child)?;
-    rig.run(child, &[dirty(PAGES, 7, 7)])?;
-    let after = counted(&rig, child)?;
-    let of = |all: &Counted| count(all, &[], &[Metric::KvmFault]);
-    let faults = of(&after) - of(&before);
-    let least = match backing {
-        BackingKind::Small | BackingKind::Thp => PAGES,
-        // All of them are written to.
-        BackingKind::Hugetlb => 12,
-    };
-    ensure!((least..=PAGES + 200).contains(&faults), "{faults} faults for {PAGES} pages");
-    ensure!(!lost(&rig)?.any(), "{:?}", lost(&rig)?);
-    Ok(())
 }
 
 /// Between its wake-up and its first exit.
@@ -240,6 +163,10 @@ fn of_kvm() -> Result<()> {
     tests::probes::agree_with_kvm(&rig)
 }
 
+fn calls() -> Result<()> {
+    tests::probes::agree_with_own_calls(&rig(InstanceConfig { sync: false, ..small() })?)
+}
+
 /// Neither they nor what their threads began; what was counted of them is added up.
 fn ended() -> Result<()> {
     let rig = rig(small())?;
@@ -263,148 +190,6 @@ fn ended() -> Result<()> {
     ensure!(live.len() <= before[0], "of {} processes something is kept", live.len());
     let ended = rig.owner.probes(|probes| probes.ended().clone()).context("no probes")?;
     ensure!(count(&ended, &[Role::Standby], &Metric::PROCESS_FAULTS) > 20, "{ended:?}");
-    Ok(())
-}
-
-/// Moments of a report in ns after the doorbell, of the parent and of its first child.
-fn moments(report: &ForkReport) -> Vec<(Moment, u64)> {
-    let (parent, child) = (&report.parent, &report.children[0]);
-    vec![
-        (Moment::Doorbell, 0),
-        (Moment::Woken, parent.woken),
-        (Moment::Quiesced, parent.quiesced),
-        (Moment::Settled, parent.settled),
-        (Moment::Pages, parent.pages),
-        (Moment::Released, parent.released),
-        (Moment::Resumed, parent.resumed),
-        (Moment::Awake, child.awake),
-        (Moment::Applied, child.applied),
-        (Moment::Restored, child.restored),
-        (Moment::Entered, child.entered),
-        (Moment::Exited, child.exited),
-    ]
-}
-
-/// The kernel's times of a fork's stages are the engine's: in a trace a mark comes after its stamp by
-/// as long as the kernel takes to hear of it. The histograms are the reports' stages.
-fn stages() -> Result<()> {
-    const FORKS: u64 = 20;
-    let rig = rig(small())?;
-    let mut late: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
-    let (mut paused, mut child_took) = (0, 0);
-    for _ in 0..FORKS {
-        rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
-        let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
-        rig.results(rig.root, 0, seq)?;
-        let report = rig.owner.next_fork(rig.root, PATIENCE)?;
-        let child = report.children[0].uuid;
-        rig.owner.wait_for(child, PATIENCE)?;
-        let events = rig.owner.probes(Probes::events).context("no probes")?;
-        let pids = [u32::try_from(rig.pid(rig.root)?)?, u32::try_from(rig.pid(child)?)?];
-        let moments = moments(&report);
-        // The doorbell was there before there was time to mark it.
-        for (moment, at) in moments.iter().skip(1) {
-            let mut marks = events.iter().filter(|event| {
-                event.kind == EventKind::Stage as u8
-                    && event.what == *moment as u64 + 1
-                    && pids.contains(&event.pid)
-            });
-            let Some(mark) = marks.next_back() else { bail!("no mark of {moment:?}") };
-            let mark = mark.ns.checked_sub(report.parent.doorbell_ns + at);
-            let mark = mark.with_context(|| format!("{moment:?} was marked before it was"))?;
-            late.entry(*moment as usize).or_default().push(mark);
-        }
-        paused += report.parent.resumed;
-        child_took += report.children[0].exited - report.children[0].awake;
-        rig.kill(child)?;
-        rig.standbys(1)?;
-    }
-    // What is alike for all is no part of a stage, which lies between two marks. Others on the
-    // machine make marks later, never earlier.
-    let quickest = |late: &mut Vec<u64>| {
-        late.sort_unstable();
-        late[late.len() / 4]
-    };
-    // The first mark of a process that has just woken up takes the kernel 2 us longer.
-    let awake = late.remove(&(Moment::Awake as usize)).map(|mut late| quickest(&mut late));
-    ensure!(awake.is_some_and(|ns| ns <= 20_000), "children are awake {awake:?} ns too late");
-    let late: Vec<u64> = late.values_mut().map(quickest).collect();
-    let spread = late.iter().max().zip(late.iter().min()).map(|(most, least)| most - least);
-    ensure!(spread.is_some_and(|ns| ns <= 3000), "marks are late by {late:?} ns");
-    let counted = rig.owner.counted(rig.root)?;
-    for (role, stages, wanted) in [(Role::Parent, 6, paused), (Role::Child, 4, child_took)] {
-        let ours = counted.iter().filter(|((of, metric), _)| *of == role && is_stage(*metric));
-        let counts: Vec<u64> = ours.clone().map(|(_, it)| it.count()).collect();
-        ensure!(counts == vec![FORKS; stages], "{}: {counts:?}", role.name());
-        let sum: u64 = ours.map(|(_, it)| it.sum_ns()).sum();
-        ensure!(sum == wanted, "{}: {sum} ns in stages of {wanted} ns", role.name());
-    }
-    Ok(())
-}
-
-fn is_stage(metric: Metric) -> bool {
-    metric as u8 >= Metric::StageTakeWake as u8
-}
-
-/// Instances count each of their calls to KVM, as the kernel does, which sees the inner part of it:
-/// a parent that forks and one that only syncs, and a child from its first call on.
-fn calls() -> Result<()> {
-    const FORKS: u64 = 10;
-    // Nothing of the parent's but what forks do: the kernel's counts and its own are read one after
-    // the other.
-    let rig = rig(InstanceConfig { sync: false, ..small() })?;
-    let sum = |counted: &Counted, roles: &[Role]| {
-        let wanted =
-            |(role, metric): &(Role, Metric)| *metric == Metric::Ioctl && roles.contains(role);
-        let ours = counted.iter().filter(|(key, _)| wanted(key)).map(|(_, it)| it);
-        ours.fold((0, 0), |sum, it| (sum.0 + it.count(), sum.1 + it.sum_ns()))
-    };
-    // On the border between the first millisecond and the time after, both may see it differently.
-    let parent = [Role::Parent, Role::Young];
-    let child = [Role::Child, Role::Parent, Role::Young];
-    let both = |uuid, roles: &[Role]| -> Result<_> {
-        Ok((sum(&rig.owner.counted(uuid)?, roles), sum(&counted(&rig, uuid)?, roles)))
-    };
-    // They are asked one after the other, and a young instance still has things to do.
-    let look = |uuid, roles: &[Role]| -> Result<_> {
-        let mut last = both(uuid, roles)?;
-        for _ in 0..100 {
-            std::thread::sleep(Duration::from_millis(20));
-            let now = both(uuid, roles)?;
-            if now == last && now.0.0 > 0 {
-                return Ok(now);
-            }
-            last = now;
-        }
-        bail!("it does not come to rest")
-    };
-    rig.branch(rig.root, 1)?;
-    rig.kill_children()?;
-    rig.standbys(1)?;
-    let before = look(rig.root, &parent)?;
-    for _ in 0..FORKS {
-        let made = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?.child;
-        rig.owner.wait_for(made, PATIENCE)?;
-        rig.kill(rig.branch(made, 1)?[0])?;
-        let (own, kernel) = look(made, &child)?;
-        ensure!(own.0 == kernel.0 && own.0 > 0, "a child counts {own:?}, the kernel {kernel:?}");
-        ensure!(own.1 >= kernel.1, "a child counts {own:?}, the kernel {kernel:?}");
-        rig.kill(made)?;
-        rig.standbys(1)?;
-    }
-    let after = look(rig.root, &parent)?;
-    let new = |before: (u64, u64), after: (u64, u64)| (after.0 - before.0, after.1 - before.1);
-    let (own, kernel) = (new(before.0, after.0), new(before.1, after.1));
-    // State is read by seven calls, at least.
-    ensure!(own.0 == kernel.0 && own.0 >= 7 * FORKS, "the parent: {own:?}, the kernel {kernel:?}");
-    ensure!(own.1 >= kernel.1, "the parent: {own:?}, the kernel {kernel:?}");
-    // An instance that ends tells its calls; one that is killed cannot.
-    let told = |rig: &Rig| sum(&rig.owner.counted_of_ended(), &child).0;
-    let before = told(&rig);
-    let made = rig.branch(rig.root, 1)?[0];
-    rig.begin(made, 0, &[exit(3)])?;
-    rig.owner.wait_exit(made, PATIENCE)?;
-    ensure!(told(&rig) > before, "{before} calls were told, and no more at an end");
     Ok(())
 }
 

@@ -15,6 +15,8 @@ pub fn cases() -> Vec<Inside> {
         ("probes::every_program_loads_by_itself", each),
         ("probes::faults_and_exits_of_a_guest_are_counted", of_a_guest),
         ("probes::faults_and_exits_are_those_of_kvm_s_own_statistics", of_kvm),
+        ("probes::faults_of_a_process_are_those_of_getrusage", tests::probes::agree_with_getrusage),
+        ("probes::calls_are_those_that_the_kernel_sees", calls),
     ]
 }
 
@@ -56,6 +58,11 @@ fn each() -> Result<()> {
 fn of_kvm() -> Result<()> {
     let config = InstanceConfig { memory_mib: 32, ..<_>::default() };
     tests::probes::agree_with_kvm(&Rig::probed(config, Level::Trace)?)
+}
+
+fn calls() -> Result<()> {
+    let config = InstanceConfig { memory_mib: 32, sync: false, ..<_>::default() };
+    tests::probes::agree_with_own_calls(&Rig::probed(config, Level::Trace)?)
 }
 
 fn of_a_guest() -> Result<()> {

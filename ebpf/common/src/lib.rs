@@ -245,9 +245,8 @@ mod tests {
 
     #[test]
     fn an_instance_is_young_for_a_millisecond() {
-        let role = |role, born_ns, now| {
-            Tracked { beacon: 0, role: role as u64, born_ns }.role_at(now)
-        };
+        let role =
+            |role, born_ns, now| Tracked { beacon: 0, role: role as u64, born_ns }.role_at(now);
         assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS - 1), Role::Young as u8);
         assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS), Role::Parent as u8);
         assert_eq!(role(Role::Parent, 0, 1), Role::Parent as u8, "a root");

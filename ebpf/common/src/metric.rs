@@ -63,16 +63,28 @@ named!(Role {
 });
 
 /// What is counted. Times are in ns.
+///
+/// Page faults are told apart by what the processor says when they begin (the bits *present* and
+/// *write* of the error code) and by whether the kernel calls them major when they end:
+///
+/// - *copy on write*: a write to a page that was mapped, but not for writing. As a rule a page that is shared is
+///   copied then; the last owner of one gets it without a copy.
+/// - *minor*: the page was not mapped. The first write to a page of a private mapping that was not
+///   read before is one of these, though it copies the page, too: nothing at hand tells it apart.
+/// - *major*: whatever it was, somebody waited for a disk.
+///
+/// A page is what the kernel maps at a time, 4 KiB or 2 MiB, and where a file's neighbouring pages are
+/// in memory, a read maps up to 16 of them (`fault_around_bytes`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Metric {
-    /// Page faults of the process in guest memory that copied a page.
+    /// Page faults of the process in guest memory: writes to a page that was mapped for reading.
     GuestCow = 0,
     /// Others in guest memory that needed no disk.
     GuestMinor = 1,
     /// Those in guest memory that needed one.
     GuestMajor = 2,
-    /// Page faults outside guest memory that copied a page.
+    /// Page faults outside guest memory: writes to a page that was mapped for reading.
     OwnCow = 3,
     /// Others outside guest memory that needed no disk.
     OwnMinor = 4,

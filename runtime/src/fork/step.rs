@@ -273,7 +273,7 @@ pub struct Stamps {
 }
 
 /// A moment that is stamped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(usize)]
 pub enum Moment {
     /// Parent: the vCPU is out of the guest with the request (or the host's request arrived).
