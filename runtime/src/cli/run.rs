@@ -66,14 +66,14 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     if let (Some(off), true) = (&probes_off, level != Level::Off) {
         lock(&screen).note(&format!("probes are off: {off}"));
     }
-    if let Some(less) = owner.probes(|probes| shortfall(&probes.shortfalls())).flatten() {
-        lock(&screen).note(&less);
-    }
     let server = Server::start(&owner, logs, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
     let result = start(&owner, config).and_then(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
         lock(&screen).note(&format!("{root} runs{what}"));
+        if let Some(less) = owner.probes(|probes| shortfall(&probes.shortfalls())).flatten() {
+            lock(&screen).note(&less);
+        }
         let keyboard = args.interactive.then(|| keyboard(&owner, root)).transpose()?;
         if let Some(note) = keyboard.as_ref().and_then(Keyboard::note) {
             lock(&screen).note(note);

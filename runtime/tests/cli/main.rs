@@ -5,6 +5,7 @@
 mod guest;
 mod host;
 mod hostile;
+mod lacking;
 mod tools;
 mod tree;
 
@@ -59,6 +60,13 @@ const DIRECT: &[(&str, Test)] = &[
     ("a_killed_owner_leaves_no_process", tree::a_killed_owner_leaves_no_process),
 ];
 
+/// Tests that run machines as if this host, or its user, lacked something.
+const LACKING: &[(&str, Test)] = &[
+    ("without_btf_machines_fork", lacking::without_btf_machines_fork),
+    ("without_capabilities_machines_fork", lacking::without_capabilities_machines_fork),
+    ("the_advised_capabilities_are_enough", lacking::the_advised_capabilities_are_enough),
+];
+
 fn main() -> ExitCode {
     let missing = !std::path::Path::new("/dev/kvm").exists();
     if missing {
@@ -77,6 +85,13 @@ fn main() -> ExitCode {
         let kind = if missing { "no /dev/kvm" } else { "direct" };
         trial(test).with_kind(kind).with_ignored_flag(missing)
     });
-    let arguments = Arguments::from_args();
-    libtest_mimic::run(&arguments, pure.chain([hidden]).chain(direct).collect()).exit_code()
+    let cannot = if missing { Some("no /dev/kvm") } else { lacking::cannot() };
+    if let (Some(reason), false) = (cannot, missing) {
+        eprintln!("ignored: {} tests of hosts that lack something: {reason}", LACKING.len());
+    }
+    let lacking = LACKING.iter().map(|test| {
+        trial(test).with_kind(cannot.unwrap_or("direct")).with_ignored_flag(cannot.is_some())
+    });
+    let all = pure.chain([hidden]).chain(direct).chain(lacking);
+    libtest_mimic::run(&Arguments::from_args(), all.collect()).exit_code()
 }

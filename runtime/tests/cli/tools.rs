@@ -29,7 +29,18 @@ impl Folder {
 
     /// The program, with its sockets in this folder.
     pub fn runtime(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(RUNTIME);
+        self.of(Command::new(RUNTIME), words)
+    }
+
+    /// The same, started by another program, whose last words it becomes.
+    fn runtime_by(&self, by: &[&str], words: &[&str]) -> Command {
+        let Some((program, arguments)) = by.split_first() else { return self.runtime(words) };
+        let mut command = Command::new(program);
+        command.args(arguments).arg(RUNTIME);
+        self.of(command, words)
+    }
+
+    fn of(&self, mut command: Command, words: &[&str]) -> Command {
         command.args(words).env("XDG_RUNTIME_DIR", &self.0).stdin(Stdio::null());
         command
     }
@@ -121,6 +132,13 @@ impl Owner {
         Ok(Self { folder, child, root })
     }
 
+    /// Started by another program, and what it says until its instance runs.
+    pub fn start_by(by: &[&str]) -> Result<(Self, Vec<String>), Failed> {
+        let folder = Folder::new()?;
+        let (child, root, notes) = start_noting(&folder, by, &["--bare"])?;
+        Ok((Self { folder, child, root }, notes))
+    }
+
     /// Processes of its tree: they carry the folder in their environment, and one of our names.
     pub fn processes(&self) -> Vec<i32> {
         let variable = format!("XDG_RUNTIME_DIR={}", self.folder.0.display());
@@ -161,22 +179,37 @@ impl Drop for Owner {
     }
 }
 
-/// Starts an owner and reads from its first note which instance it runs.
+/// Starts an owner and reads from its notes which instance it runs.
 pub fn start(folder: &Folder, more: &[&str]) -> Result<(Child, Uuid), Failed> {
+    start_noting(folder, &[], more).map(|(child, root, _)| (child, root))
+}
+
+/// The same by another program, with the notes before that one: what this host lacks.
+fn start_noting(
+    folder: &Folder,
+    by: &[&str],
+    more: &[&str],
+) -> Result<(Child, Uuid, Vec<String>), Failed> {
     let words = [&["run", "--memory", "64M"], more].concat();
-    let mut child = folder.runtime(&words).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
-    let notes = child.stderr.take().ok_or("no stderr")?;
-    let mut notes = BufReader::new(notes);
-    let mut line = String::new();
-    notes.read_line(&mut line)?;
-    let Some(root) = line.split(' ').nth(1).and_then(|word| word.parse().ok()) else {
-        drop(child.kill());
-        drop(child.wait());
-        return Err(format!("not a note of an instance: {line:?}").into());
+    let mut command = folder.runtime_by(by, &words);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let mut reader = BufReader::new(child.stderr.take().ok_or("no stderr")?);
+    let mut notes = Vec::new();
+    let root = loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            drop(child.kill());
+            drop(child.wait());
+            return Err(format!("no note of an instance: {notes:?}").into());
+        }
+        if let Some(root) = line.split(' ').nth(1).and_then(|word| word.parse().ok()) {
+            break root;
+        }
+        notes.push(line);
     };
     // Read to the end, so that the program does not wait for us.
-    std::thread::spawn(move || notes.read_to_end(&mut Vec::new()));
-    Ok((child, root))
+    std::thread::spawn(move || reader.read_to_end(&mut Vec::new()));
+    Ok((child, root, notes))
 }
 
 /// Asks again and again until there is an answer.

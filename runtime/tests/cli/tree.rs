@@ -111,8 +111,25 @@ pub fn stats_and_trace_show_what_the_probes_saw() -> Result<(), Failed> {
     let parent = &traced["trace"]["parent_pid"];
     holds(events.iter().any(|event| event["kind"] == 4 && event["pid"] == *parent), &traced)?;
     holds(events.iter().any(|event| event["kind"] == 4 && event["pid"] != *parent), &traced)?;
+    // And a page fault of the child, which its guest's first steps take: page, kind and cost.
+    let is_fault = |event: &&Value| {
+        event["kind"] == 1
+            && event["took_ns"].as_u64() > Some(0)
+            && event["what"].as_u64().is_some()
+    };
+    let fault = events.iter().find(is_fault).ok_or(format!("no fault in {traced}"))?;
+    let child = &traced["trace"]["report"]["children"][0]["uuid"];
+    holds(fault["instance"] == *child || fault["instance"] == root.as_str(), &traced)?;
     let text = folder.done(&["trace", "-b", &root])?;
-    holds(text.out.contains("── doorbell") && text.out.contains("ioctl: KVM_RUN"), &text)
+    holds(text.out.contains("── doorbell") && text.out.contains("ioctl: KVM_RUN"), &text)?;
+    let faults = |line: &&str| line.contains("fault of the guest, by KVM: guest page ");
+    let line = text.out.lines().find(faults).ok_or(format!("no fault in {}", text.out))?;
+    // Time, who, cost, what.
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    holds(fields[2].parse::<f64>().is_ok_and(|us| us > 0.0), &line)?;
+    holds(fields.last().is_some_and(|page| page.parse::<u64>().is_ok()), &line)?;
+    // The child's wake-up is part of the fork.
+    holds(text.out.contains("woken, not yet running"), &text)
 }
 
 /// A machine that was started without them says so.
