@@ -105,7 +105,7 @@ fn process(backing: BackingKind) -> Result<()> {
     let shared = image.map_shared()?;
     (0..PAGES).for_each(|page| shared.touch(page));
     drop(shared);
-    let image = image.seal()?;
+    let image = image.seal().map_err(|unsealed| unsealed.error)?;
     let look = |mapping: &Mapping| (0..PAGES).for_each(|page| mapping.look(page));
     let touch = |mapping: &Mapping| (0..PAGES).for_each(|page| mapping.touch(page));
     let watch =

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use aya::maps::{Array, MapError};
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use aya::programs::uprobe::UProbeScope;
 use aya::programs::{FExit, PerfEvent, ProgramError, RawTracePoint, UProbe};
-use aya::maps::{Array, MapError};
 use aya::{Btf, Ebpf};
 use ebpf_common::Kind;
 use rustix::io::Errno;

@@ -27,8 +27,8 @@ mod probes;
 mod trace;
 mod usdt;
 
-pub use ebpf_common::{Beacon, Event, EventKind, Metric, Role};
 pub use counted::{Counted, Lost, Row, counted, merge, rows};
+pub use ebpf_common::{Beacon, Event, EventKind, Metric, Role};
 pub use error::ProbeError;
 pub use histogram::Histogram;
 pub use probes::{Attached, Level, Probes, Refused, Shortfall, Surveyed};

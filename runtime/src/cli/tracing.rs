@@ -169,9 +169,8 @@ mod tests {
 
     #[test]
     fn a_child_s_wake_up_is_part_of_its_fork_and_the_rest_of_its_sleep_is_not() {
-        let is_told = |kind, at_ns| {
-            told(&event(kind, Role::Standby, 0, 0), Uuid::nil(), at_ns).is_some()
-        };
+        let is_told =
+            |kind, at_ns| told(&event(kind, Role::Standby, 0, 0), Uuid::nil(), at_ns).is_some();
         assert!(is_told(EventKind::OffCpu, 60_000));
         assert!(!is_told(EventKind::Fault, 60_000) && !is_told(EventKind::Ioctl, 60_000));
         assert!(!is_told(EventKind::OffCpu, -BEFORE_NS - 1));

@@ -89,7 +89,10 @@ mod tests {
         assert_eq!(RamLayout::new(512).ranges().count(), 1);
         for range in ranges {
             assert_eq!(RamLayout::address(range.offset), range.start);
-            assert_eq!(RamLayout::address(range.offset + range.len - 1), range.start + range.len - 1);
+            assert_eq!(
+                RamLayout::address(range.offset + range.len - 1),
+                range.start + range.len - 1
+            );
         }
         assert_eq!((RamLayout::new(512).end(), RamLayout::new(4096).end()), (512 << 20, 5 << 30));
     }

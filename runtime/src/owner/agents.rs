@@ -312,15 +312,15 @@ mod tests {
     impl Calls {
         fn new() -> Self {
             let shared = Shared::new(Box::new(|_, _| {}), super::super::state::Memory::Everything);
-            let shared = shared.unwrap();
-            let folder = tempfile::tempdir().unwrap();
-            let agents = Agents::start(&shared, folder.path()).unwrap();
+            let shared = shared.expect("an owner's state");
+            let folder = tempfile::tempdir().expect("a folder");
+            let agents = Agents::start(&shared, folder.path()).expect("it listens");
             Self { shared, folder, agents }
         }
 
         fn instance(&self, parent: Option<Uuid>) -> Uuid {
-            let (ours, _) = crate::sys::socket_pair().unwrap();
-            let number = self.shared.adopt(ours, Some(std::process::id())).unwrap();
+            let (ours, _) = crate::sys::socket_pair().expect("sockets");
+            let number = self.shared.adopt(ours, Some(std::process::id())).expect("it is open");
             let uuid = Uuid::new_v4();
             let pid = std::process::id().cast_signed();
             let hello = crate::proto::Event::Hello { uuid, parent, pid, vcpus: 1, memory_mib: 1 };
@@ -331,9 +331,10 @@ mod tests {
         /// A connection as the VMM of `instance` makes it.
         fn call(&self, instance: Uuid) -> UnixStream {
             let path = self.folder.path().join(format!("port_{HOST_PORT}"));
-            let mut stream = UnixStream::connect(path).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-            std::io::Write::write_all(&mut stream, format!("{instance}\n").as_bytes()).unwrap();
+            let mut stream = UnixStream::connect(path).expect("it listens");
+            stream.set_read_timeout(Some(Duration::from_secs(10))).expect("it is open");
+            std::io::Write::write_all(&mut stream, format!("{instance}\n").as_bytes())
+                .expect("it is open");
             stream
         }
     }
@@ -377,7 +378,7 @@ mod tests {
         });
         assert!(asked.take(20 * MOST_QUESTIONS).count() < 20 * MOST_QUESTIONS);
         // Nor does it disturb anybody else.
-        write_control(&mut &agent, &Question::Child { id: 9, uuid: child }).unwrap();
+        write_control(&mut &agent, &Question::Child { id: 9, uuid: child }).expect("it is open");
         assert!(matches!(hear(&agent), Some(Answer::Child { id: 9, .. })));
     }
 

@@ -219,12 +219,11 @@ impl Shared {
     /// What is known of a root stays when it is closed: somebody waits to hear whether it becomes an
     /// instance.
     pub(super) fn adopt(&self, socket: OwnedFd, root: Option<u32>) -> Result<u64, SysError> {
-        let peer = match root {
-            Some(pid) => pid.cast_signed(),
-            None => {
-                let peer = socket_peercred(&socket).map_err(SysError::new("SO_PEERCRED"))?;
-                peer.pid.as_raw_nonzero().get()
-            }
+        let peer = if let Some(pid) = root {
+            pid.cast_signed()
+        } else {
+            let peer = socket_peercred(&socket).map_err(SysError::new("SO_PEERCRED"))?;
+            peer.pid.as_raw_nonzero().get()
         };
         let mut state = self.state();
         let number = state.next;
@@ -475,9 +474,11 @@ mod tests {
     /// Who says hello decides whom `kill` kills.
     #[test]
     fn an_instance_is_no_other_process_and_no_other_instance() {
-        let shared = Shared::new(Box::new(|_, _| {}), Memory::Everything).unwrap();
+        let shared =
+            Shared::new(Box::new(|_, _| {}), Memory::Everything).expect("an owner's state");
         let own = std::process::id();
-        let call = |pid| shared.adopt(sys::socket_pair().unwrap().0, pid).unwrap();
+        let call =
+            |pid| shared.adopt(sys::socket_pair().expect("sockets").0, pid).expect("it is open");
         let (first, second, root) = (call(None), call(None), call(Some(own)));
         let uuid = Uuid::new_v4();
         assert!(!shared.event(first, hello(uuid, own + 1)), "another process");
