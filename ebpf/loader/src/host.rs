@@ -29,6 +29,25 @@ pub(crate) fn check() -> Result<(), ProbeError> {
     Ok(())
 }
 
+/// Buckets that there is room for: a thousandth of this host's memory.
+///
+/// A child has some 90 a few seconds after its birth, an instance that forks 200: 1,000 of them need
+/// more than the least.
+pub(crate) fn buckets() -> u32 {
+    const LEAST: u64 = 65_536;
+    const MOST: u64 = 1 << 20;
+    /// An entry without its values, and each processor's value (`htab_elem` in
+    /// kernel/bpf/hashtab.c).
+    const ENTRY: u64 = 64;
+    const VALUE: u64 = 16;
+    let memory = rustix::system::sysinfo();
+    #[expect(clippy::useless_conversion, reason = "a C long, which may have another width")]
+    let bytes = u64::from(memory.totalram) * u64::from(memory.mem_unit);
+    let processors = aya::util::nr_cpus().unwrap_or(1) as u64;
+    let room = bytes / 1000 / (ENTRY + VALUE * processors);
+    u32::try_from(room.clamp(LEAST, MOST)).unwrap_or(u32::MAX)
+}
+
 /// Whether this process is in that namespace; without `/proc` nobody knows, and the kernel will say.
 fn is_namespace(kind: &str, first: &str) -> bool {
     fs::read_link(format!("/proc/self/ns/{kind}")).map_or(true, |link| link.as_os_str() == first)

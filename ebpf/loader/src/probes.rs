@@ -170,6 +170,7 @@ impl Probes {
         faults_end: bool,
     ) -> Result<Self, ProbeError> {
         let ebpf = EbpfLoader::new()
+            .map_max_entries("CELLS", host::buckets())
             .override_global("TASK_PID", &offsets.task_pid, true)
             .override_global("TASK_TGID", &offsets.task_tgid, true)
             .override_global("FAULTS_END", &u32::from(faults_end), true)

@@ -20,8 +20,8 @@ pub static SINCE: Array<u64> = Array::with_max_entries(KINDS as u32, 0);
 #[map]
 pub static BLANK: PerCpuArray<Thread> = PerCpuArray::with_max_entries(1, 0);
 
-/// The histograms, bucket by bucket. All memory is taken at once: a new bucket costs 20 us where
-/// memory for it is looked for first.
+/// The histograms, bucket by bucket; the loader says how many. All memory is taken at once: a new
+/// bucket costs 20 us where memory for it is looked for first.
 #[map]
 pub static CELLS: PerCpuHashMap<CellKey, Cell> = PerCpuHashMap::with_max_entries(65536, 0);
 
