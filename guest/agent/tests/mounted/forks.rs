@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,31 +49,39 @@ fn a_shell_reads_the_uuid_of_its_child() -> Result<()> {
     Ok(())
 }
 
+/// The one that asked first has the first child, although it reads when the second was made: by its
+/// own file, and by one that it opens then.
 fn two_threads_read_their_own_child() -> Result<()> {
     let rig = Rig::new()?;
-    for _ in 0..20 {
-        let both = thread::scope(|scope| {
+    for round in 0..20 {
+        let children = [Uuid::new_v4(), Uuid::new_v4()];
+        let answered = Barrier::new(2);
+        let read = thread::scope(|scope| -> Result<_> {
+            let rung = rig.bell.rung.load(Ordering::SeqCst);
             let fork = || {
-                scope.spawn(|| -> Result<Uuid> {
-                    fs::write(rig.path("fork"), "1")?;
-                    Ok(fs::read_to_string(rig.path("fork"))?.trim().parse()?)
+                scope.spawn(|| -> Result<[String; 2]> {
+                    let mut options = OpenOptions::new();
+                    let file = options.read(true).write(true).open(rig.path("fork"))?;
+                    let written = write_to(&file);
+                    answered.wait();
+                    written?;
+                    Ok([read_from(&file)?, fs::read_to_string(rig.path("fork"))?])
                 })
             };
-            let (a, b) = (fork(), fork());
-            let children = [Uuid::new_v4(), Uuid::new_v4()];
+            let first = fork();
+            until("the doorbell rings", || rig.bell.rung.load(Ordering::SeqCst) > rung)?;
+            let second = fork();
+            until("the second waits", || rig.service.stats().queued == 1)?;
             for child in children {
                 rig.next(Fork::Child(child));
             }
-            (children, [a.join(), b.join()])
-        });
-        let (mut made, read) = both;
-        let mut found = Vec::new();
-        for thread in read {
-            found.push(thread.map_err(|_| anyhow::anyhow!("panicked"))??);
+            Ok([first.join(), second.join()])
+        })?;
+        for (read, child) in read.into_iter().zip(children) {
+            let read = read.map_err(|_| anyhow::anyhow!("panicked"))??;
+            let expected = format!("{child}\n");
+            ensure!(read.iter().all(|read| *read == expected), "{round}: {read:?}, not {child}");
         }
-        found.sort();
-        made.sort();
-        ensure!(made[..] == found[..], "each its own: {made:?}, {found:?}");
     }
     Ok(())
 }
