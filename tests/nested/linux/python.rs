@@ -155,8 +155,7 @@ fn untold() -> Result<()> {
     Ok(())
 }
 
-/// One after the other: what each begins with, the kernel's UUID, one of `uuid4`, and what a TLS client
-/// says first.
+/// What each begins with, a UUID of the kernel, one of `uuid4`, and what a TLS client says first.
 fn many() -> Result<()> {
     let wanted = std::env::var(CHILDREN_FROM).ok().map_or(Ok(CHILDREN), |number| number.parse())?;
     let guest = python()?;
@@ -169,7 +168,13 @@ fn many() -> Result<()> {
     let output = ended.recv_timeout(limit).context("it takes too long")??;
     ensure!(output.code == 0, "{output:?}");
     let mut seen = BTreeSet::new();
-    let mut machines = 0;
+    let (mut machines, mut slowest) = (0, 0.0_f64);
+    for name in ["forking", "waiting"] {
+        println!("{wanted} children: {} s {name}", told(&output.out, name)?);
+    }
+    if told(&output.out, "uuidgen")? == "none" {
+        println!("there is no uuidgen: UUIDs are read from /proc/sys/kernel/random/uuid");
+    }
     let mut look = |text: &str| -> Result<()> {
         let numbers: Vec<&str> = told(text, "random")?.split(' ').collect();
         ensure!(numbers.len() == 4 && numbers[3].len() == 64, "{numbers:?}");
@@ -182,10 +187,14 @@ fn many() -> Result<()> {
     look(&output.out)?;
     for child in told(&output.out, "children")?.split(' ') {
         let child: Uuid = child.parse()?;
-        look(&guest.end_of(child)?.1).with_context(|| format!("child {child}"))?;
+        let console = guest.end_of(child)?.1;
+        look(&console).with_context(|| format!("child {child}"))?;
+        let took: f64 = told(&console, "numbers")?.parse()?;
+        slowest = slowest.max(took);
         guest.owner.forget(child);
     }
     ensure!(machines == wanted + 1, "{machines} machines");
+    println!("the slowest took {slowest:.2} s for its numbers");
     println!(
         "{wanted} children in {:.0?}: {} random numbers, no two alike",
         begin.elapsed(),
