@@ -2,13 +2,16 @@
 //! their images.
 //!
 //! ```text
-//!  clock         the clocks, in nanoseconds
-//!  forks N       N threads fork at the same time, each by a file of its own
+//!  clocks        the clocks, in nanoseconds, for each line on the input
+//!  shift MS      puts the wall clock forward
+//!  forks N       threads fork at the same time, each by a file of its own: N, or until one is refused
 //!  handles UUID  forks with files of that child open; what they say in the new child
 //!  poll UUID     open files and poll(2) until that child has stopped
-//!  spin          how long nothing ran between the fork and the new generation, in the child
+//!  spin          whether anything runs between the fork and the new generation, in the child
+//!  early         the same, and keeps the agent waiting until it has
+//!  watch         the generation file, watched across a fork
 //!  vsock PORT    a connection to the host across a fork, and the context id
-//!  load SECONDS  memory, registers and a pipe are worked with, and are right in every machine
+//!  load PORT     memory, registers, a pipe and a connection are worked with across a fork
 //!  garbage N     writes garbage to every register of every device, N times each part
 //!
 //!  true N        fork, exec and wait of /bin/true, N times: how long each took, in µs
@@ -21,6 +24,7 @@
 //! What it finds are lines `@name value`: on its output, and in a machine that became a child
 //! meanwhile on the console, after which the machine ends with code 0.
 
+mod clocks;
 mod files;
 mod garbage;
 mod load;
@@ -30,11 +34,11 @@ mod sockets;
 mod spin;
 mod threads;
 mod vsocks;
+mod watch;
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use rustix::time::{ClockId, clock_gettime};
 
 fn main() -> ExitCode {
     match run() {
@@ -51,26 +55,20 @@ fn run() -> Result<()> {
     let verb = arguments.next().context("what?")?;
     let value = arguments.next().unwrap_or_default();
     match verb.as_str() {
-        "clock" => clock(),
+        "clocks" => clocks::stream(),
+        "shift" => clocks::shift(value.parse().context("how many milliseconds?")?),
         "forks" => threads::forks(value.parse().context("how many threads?")?),
         "handles" => files::handles(&value),
         "poll" => files::poll_until_stopped(&value),
         "spin" => spin::until_another_machine(),
+        "early" => spin::early(),
+        "watch" => watch::across_a_fork(),
         "vsock" => vsocks::across_a_fork(value.parse().context("which port?")?),
         "garbage" => garbage::write(value.parse().context("how often?")?),
-        "load" => load::work(value.parse().context("how many seconds?")?),
+        "load" => load::across_a_fork(value.parse().context("which port?")?),
         "true" => measure::trues(value.parse().context("how often?")?),
         "init" => measure::init(),
         "serve" => sockets::serve(value.parse().context("at which port?")?),
         _ => bail!("no such check: {verb}"),
     }
-}
-
-fn clock() -> Result<()> {
-    let ns = |id| {
-        let time = clock_gettime(id);
-        time.tv_sec * 1_000_000_000 + time.tv_nsec
-    };
-    let (real, monotonic) = (ns(ClockId::Realtime), ns(ClockId::Monotonic));
-    say::here(&[("clock", format!("{real} {monotonic}"))])
 }

@@ -1,89 +1,25 @@
 //! What needs system calls that no shell makes, or two processors: `ukp-check` makes them.
 
-use std::sync::OnceLock;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use runtime::fork::{FAULT_DELAY, Step};
+use runtime::fork::Step;
 use runtime::proto::Request;
 use uuid::Uuid;
 
-use super::guest::{Guest, LONG, ZERO, all_told, shell, told, two};
+use super::guest::{Guest, LONG, RETENTION, all_told, shell, told, two};
 use crate::Inside;
 
 pub fn cases() -> Vec<Inside> {
     vec![
-        ("libukp::threads_that_fork_at_once_read_their_own_child", own_child),
-        ("libukp::a_full_queue_is_ebusy", busy),
-        ("libukp::requests_of_the_parent_are_eio_in_the_child", inherited),
         ("libukp::files_open_across_a_fork_are_estale_in_the_child", stale),
         ("libukp::wait_is_polled_and_is_eagain_before", polled),
         ("libukp::a_fork_that_fails_is_eio_and_harms_nobody", fails),
         ("libukp::a_child_is_gone_after_the_retention_time", retention),
-        ("linux::a_fork_under_load_disturbs_neither", load),
+        ("libukp::a_file_of_a_child_that_was_cleaned_up_is_estale", cleaned_up),
+        ("identity::the_generation_file_can_be_watched", watched),
     ]
-}
-
-/// Three threads fork at once where one fork may wait.
-struct Threads {
-    parent: Vec<String>,
-    /// Each child with what its threads read.
-    children: Vec<(String, Vec<String>)>,
-}
-
-fn threads() -> Result<&'static Threads> {
-    static THREADS: OnceLock<Result<Threads, String>> = OnceLock::new();
-    let happened = THREADS.get_or_init(|| three_fork().map_err(|error| format!("{error:#}")));
-    happened.as_ref().map_err(|error| anyhow::anyhow!("{error}"))
-}
-
-fn words(said: &str) -> Result<Vec<String>> {
-    Ok(told(said, "forks")?.split(' ').map(str::to_owned).collect())
-}
-
-fn three_fork() -> Result<Threads> {
-    let guest = two()?;
-    let root = guest.root;
-    // Arming is not to take that long too.
-    guest.owner.ask(root, Request::Standbys { count: 1 })?;
-    let slow = |step| Request::Fault { step, errno: FAULT_DELAY, delay_us: 4_000_000 };
-    guest.owner.ask(root, slow(Some(Step::Take)))?;
-    let said = guest.sh(root, "ukp-check forks 3");
-    guest.owner.ask(root, slow(None))?;
-    let parent = words(&said?)?;
-    let mut children = Vec::new();
-    for uuid in parent.iter().filter_map(|word| word.parse::<Uuid>().ok()) {
-        let (code, console) = guest.end_of(uuid)?;
-        ensure!(code == 0, "{uuid} ended with {code}: {console}");
-        children.push((uuid.to_string(), words(&console)?));
-    }
-    Ok(Threads { parent, children })
-}
-
-fn own_child() -> Result<()> {
-    let Threads { parent, children } = threads()?;
-    ensure!(children.len() == 2 && children[0].0 != children[1].0, "{parent:?}");
-    for (uuid, read) in children {
-        ensure!(read.iter().any(|read| read == ZERO), "{uuid} reads {read:?}");
-        ensure!(!read.contains(uuid), "{uuid} reads its own UUID: {read:?}");
-    }
-    Ok(())
-}
-
-fn busy() -> Result<()> {
-    let Threads { parent, .. } = threads()?;
-    ensure!(parent.iter().filter(|read| *read == "EBUSY").count() == 1, "{parent:?}");
-    Ok(())
-}
-
-/// In the child of the first fork, the second was queued.
-fn inherited() -> Result<()> {
-    let Threads { children, .. } = threads()?;
-    let failed = |read: &[String]| read.iter().filter(|read| *read == "EIO").count();
-    let failed: Vec<usize> = children.iter().map(|(_, read)| failed(read)).collect();
-    ensure!(failed == [1, 0] || failed == [0, 1], "{children:?}");
-    Ok(())
 }
 
 fn stale() -> Result<()> {
@@ -137,38 +73,55 @@ fn fails() -> Result<()> {
 fn retention() -> Result<()> {
     let guest = two()?;
     let child = guest.fork()?;
-    let listed = |guest: &Guest| guest.sh(guest.root, "echo /uk/libukp/vm/*");
-    ensure!(listed(&guest)?.contains(&child.to_string()), "it is there");
+    let listed = |guest: &Guest| -> Result<bool> {
+        Ok(guest.sh(guest.root, "echo /uk/libukp/vm/*")?.contains(&child.to_string()))
+    };
+    ensure!(listed(&guest)?, "it is not there");
+    // It stops later than that, and is kept from then on.
+    let begin = Instant::now();
     guest.exit(child, 0)?;
-    let end = Instant::now() + LONG;
-    while listed(&guest)?.contains(&child.to_string()) {
-        ensure!(Instant::now() < end, "it is still there");
-        std::thread::sleep(Duration::from_millis(500));
+    let mut seen = Duration::ZERO;
+    while listed(&guest)? {
+        seen = begin.elapsed();
+        ensure!(seen < LONG, "it is still there");
+        std::thread::sleep(Duration::from_millis(100));
     }
+    println!("a child was kept, and last seen {seen:.1?} after it was told to end");
+    ensure!(begin.elapsed() >= RETENTION, "it was gone after {:?}", begin.elapsed());
     Ok(())
 }
 
-/// Both processors busy, one thread in read(2), an open connection to the host: each goes on as if
-/// nothing had happened, in the parent and in the child.
-fn load() -> Result<()> {
+/// The status is open when the last one has read the code.
+fn cleaned_up() -> Result<()> {
     let guest = two()?;
-    let (line, lines) = channel();
-    let ended = guest.start(guest.root, "ukp-check load 8", line)?;
-    let (silent, _lines) = channel();
-    let slow = "for i in $(seq 1 40); do echo line $i; usleep 100000; done";
-    let talking = guest.start(guest.root, slow, silent)?;
-    wait_for(&lines, "@working")?;
-    let child = guest.sh(guest.root, "echo 1 > /uk/libukp/fork; cat /uk/libukp/fork")?;
-    let child: Uuid = child.trim().parse().context("a UUID")?;
-    let said = ended.recv_timeout(LONG)??.out;
+    let child = guest.fork()?;
+    guest.exit(child, 3)?;
+    let script = format!(
+        "cd /uk/libukp/vm
+        exec 3< {child}/status
+        echo 1 > {child}/wait; echo \"@code $(cat {child}/wait)\"
+        echo \"@left $(ls | grep -c {child})\"
+        echo \"@open $(cat <&3 2>&1)\"
+        echo \"@anew $(cat {child}/status 2>&1)\""
+    );
+    let said = guest.sh(guest.root, &script)?;
+    all_told(&said, &[("code", "3"), ("left", "0")])?;
+    let open = told(&said, "open")?;
+    ensure!(open.contains("Stale file handle") || open.contains("tale NFS"), "{said}");
+    ensure!(told(&said, "anew")?.contains("No such file"), "{said}");
+    Ok(())
+}
+
+/// As programs are told that this is another machine.
+fn watched() -> Result<()> {
+    let guest = two()?;
+    let said = guest.sh(guest.root, "ukp-check watch")?;
+    all_told(&said, &[("before", "false"), ("after", "false")])?;
+    let child: Uuid = told(&said, "child")?.parse()?;
     let (code, console) = guest.end_of(child)?;
-    for (who, text) in [("parent", &said), ("child", &console)] {
-        let worked = told(text, "worked")?;
-        println!("the {who} worked {worked} rounds in memory, pipe, registers");
-        ensure!(!worked.contains("wrong") && !worked.contains("[0,"), "the {who}: {worked}");
-    }
-    ensure!(code == 0, "the child ended with {code}: {console}");
-    let talked = talking.recv_timeout(LONG)??.out;
-    ensure!(talked.lines().count() == 40, "the connection lost lines: {talked}");
+    ensure!(code == 0, "it ended with {code}: {console}");
+    all_told(&console, &[("after", "true"), ("name", "generation")])?;
+    let generation: u64 = told(&console, "generation")?.parse()?;
+    ensure!(generation > 0, "{console}");
     Ok(())
 }

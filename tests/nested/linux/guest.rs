@@ -1,7 +1,7 @@
 //! The guests of the tests, and how they are asked.
 
 use std::io::Cursor;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,15 +20,27 @@ use uuid::Uuid;
 pub const ZERO: &str = "00000000-0000-0000-0000-000000000000";
 /// How long anything may take: guest and its kernel are emulated twice, on a shared machine.
 pub const LONG: Duration = Duration::from_mins(1);
+/// How long the guest `two` keeps a child that has stopped.
+pub const RETENTION: Duration = Duration::from_secs(4);
+/// Forks that may wait for another in the guest `two`.
+pub const QUEUE: usize = 3;
 /// How long a boot may take.
-const BOOT: Duration = Duration::from_mins(3);
+pub const BOOT: Duration = Duration::from_mins(3);
+/// Where each program of a test finds what guests boot, if not in [`FILES`].
+pub const FILES_IN: &str = "UKP_FILES";
 /// Lists processes, and where in the kernel each of them is.
 const LIST: &str = r#"cat /proc/uptime; for p in /proc/[0-9]*; do
     line=$(tr '\0' ' ' < $p/cmdline); [ -n "$line" ] && echo $p in $(cat $p/wchan): $line
 done"#;
+/// What the workload of `frozen` does first; a child ends with 66.
+const FIRST_ACT: &str = "fs=$(grep -c ' /uk/libukp fuse' /proc/mounts)
+echo 1 > /uk/libukp/fork; child=$(cat /uk/libukp/fork)
+[ $child = 00000000-0000-0000-0000-000000000000 ] && exit 66
+echo \"@mounted $fs\" > /tmp/first; echo \"@child $child\" >> /tmp/first; mv /tmp/first /run/first
+";
 /// Waits for an exit code, and ends with it.
 /// Told to end it does so at once, unless it is to take its time.
-const WORKLOAD: &str = "mkfifo /run/end
+pub const WORKLOAD: &str = "mkfifo /run/end
 trap '[ -e /run/slow ] || { trap - TERM; kill $$; }; sleep 5; exit 9' TERM
 read code < /run/end; exit $code";
 
@@ -68,13 +80,18 @@ pub fn one() -> Result<Arc<Guest>> {
 
 /// The guest with two vCPUs, where two threads run at the same time.
 pub fn two() -> Result<Arc<Guest>> {
-    held(&TWO, || Guest::boot(twofold(), &json!({ "fork_queue": 1, "retention_s": 3 })))
+    held(&TWO, || {
+        Guest::boot(twofold(), &json!({ "fork_queue": QUEUE, "retention_s": RETENTION.as_secs() }))
+    })
 }
 
 /// The guest with two vCPUs whose programs stand still across forks: threads that ask at the same time
 /// elsewhere ask one after the other here.
 pub fn frozen() -> Result<Arc<Guest>> {
-    held(&FROZEN, || Guest::boot(twofold(), &json!({ "freeze": true })))
+    held(&FROZEN, || {
+        let argv = ["/bin/sh", "-c", &format!("{FIRST_ACT}{WORKLOAD}")].map(str::to_owned);
+        Guest::boot(twofold(), &json!({ "freeze": true, "argv": argv }))
+    })
 }
 
 /// Not as a real-time thread: a vCPU that waits in the fork path would keep the other from the only
@@ -86,14 +103,24 @@ fn twofold() -> InstanceConfig {
 /// The guest with Python and `SQLite`.
 pub fn python() -> Result<Arc<Guest>> {
     held(&PYTHON, || {
-        let initrd = Path::new(FILES).join("python");
+        let initrd = file("python");
         let config = InstanceConfig { memory_mib: 320, initrd, ..small() };
         Guest::boot(config, &json!({}))
     })
 }
 
 fn small() -> InstanceConfig {
-    InstanceConfig { memory_mib: 192, initrd: Path::new(FILES).join("image"), ..<_>::default() }
+    InstanceConfig { memory_mib: 192, initrd: file("image"), ..<_>::default() }
+}
+
+/// What was brought along by this name.
+pub fn file(name: &str) -> PathBuf {
+    brought().unwrap_or_else(|| PathBuf::from(FILES)).join(name)
+}
+
+/// The folder that the environment names for it.
+pub fn brought() -> Option<PathBuf> {
+    std::env::var_os(FILES_IN).map(PathBuf::from)
 }
 
 /// Ends all of them; returns their folders.
@@ -121,7 +148,7 @@ impl Guest {
         }
         let vcpus = config.vcpus;
         let root = owner.start(InstanceConfig {
-            kernel: Path::new(FILES).join("vmlinuz"),
+            kernel: file("vmlinuz"),
             initrd_tail: config_archive(&init)?,
             // `ukp-check garbage` reaches for registers that have a driver.
             cmdline: "console=ttyS0 quiet panic=-1 iomem=relaxed rdinit=/.uk/init".to_owned(),
@@ -201,6 +228,12 @@ impl Guest {
             sender.send(listen(&mut || Ok(running.hear()?))).unwrap_or(());
         });
         heard.recv_timeout(limit).ok().transpose()
+    }
+
+    /// Runs a script that takes longer.
+    pub fn run_long(&self, instance: Uuid, script: &str, limit: Duration) -> Result<Output> {
+        let output = self.run_for(limit, instance, &shell(script), &[])?;
+        output.with_context(|| format!("{script:?} does not end within {limit:?}"))
     }
 
     /// What a script writes; it must end well.

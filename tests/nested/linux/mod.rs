@@ -2,21 +2,26 @@
 //! does with a guest.
 //!
 //! A boot takes long here, and so does a fork. So there are few guests, each booted by the first test
-//! that asks for it: `one` as a user has it, `two` with two vCPUs, a short queue and a short
-//! retention, `frozen` across forks, `python` with programs that nobody here wrote. Tests whose
+//! that asks for it: `one` as a user has it, `two` with two vCPUs, a short queue and a short retention, `frozen`
+//! across forks, `python` with programs that nobody here wrote. Tests whose
 //! sentences are seen in the same fork share that fork: a *story* happens once, and each test looks at
 //! its part of what was told.
 
 mod calls;
 mod children;
+mod clock;
 mod console;
 mod forks;
 mod guest;
 mod host;
 mod hostile;
 mod identity;
+mod load;
 mod python;
+mod queue;
+mod refusals;
 mod states;
+mod values;
 mod vsock;
 
 use anyhow::{Result, ensure};
@@ -30,9 +35,11 @@ pub const WITH_PYTHON: &str = "python::";
 
 pub fn cases() -> Vec<Inside> {
     let last: Vec<Inside> = vec![("linux::everything_has_an_end", all_gone)];
-    let areas = [forks::cases(), children::cases(), identity::cases(), host::cases()];
-    let more = [states::cases(), calls::cases(), vsock::cases(), python::cases(), console::cases()];
-    let all = areas.into_iter().chain(more).chain([hostile::cases(), last]);
+    let areas = [forks::cases(), values::cases(), children::cases(), identity::cases()];
+    let more = [clock::cases(), host::cases(), states::cases(), refusals::cases(), calls::cases()];
+    let others = [queue::cases(), load::cases(), vsock::cases(), python::cases(), console::cases()];
+    let end = [hostile::cases(), last];
+    let all = areas.into_iter().chain(more).chain(others).chain(end);
     all.flatten().collect()
 }
 
