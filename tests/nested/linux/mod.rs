@@ -9,6 +9,7 @@
 
 mod calls;
 mod children;
+mod cli;
 mod clock;
 mod console;
 mod forks;
@@ -25,7 +26,7 @@ mod values;
 mod vsock;
 
 use anyhow::{Result, ensure};
-pub use guest::image;
+pub use guest::{FILES_IN, brought, file, image};
 pub use python::CHILDREN_FROM;
 
 use super::Inside;
@@ -38,7 +39,7 @@ pub fn cases() -> Vec<Inside> {
     let areas = [forks::cases(), values::cases(), children::cases(), identity::cases()];
     let more = [clock::cases(), host::cases(), states::cases(), refusals::cases(), calls::cases()];
     let others = [queue::cases(), load::cases(), vsock::cases(), python::cases(), console::cases()];
-    let end = [hostile::cases(), last];
+    let end = [hostile::cases(), cli::cases(), last];
     let all = areas.into_iter().chain(more).chain(others).chain(end);
     all.flatten().collect()
 }
