@@ -11,6 +11,7 @@
 //! | [`DONE`] | write | the program with this sequence number is finished, its results are in the parameter page |
 //! | [`READY`] | write | this instance may be armed: from here on it is forkable |
 //! | [`PAUSE`] | write | block this vCPU for this many microseconds |
+//! | [`CLOCK`] | read by `rep insd` of two words | the host's wall clock at this moment, nanoseconds since the epoch, low word first |
 
 /// Fork doorbell and its answer.
 pub const FORK: u16 = 0xd00;
@@ -28,6 +29,8 @@ pub const DONE: u16 = 0xd14;
 pub const READY: u16 = 0xd18;
 /// Sleeps.
 pub const PAUSE: u16 = 0xd1c;
+/// The host's wall clock; the same port, read.
+pub const CLOCK: u16 = PAUSE;
 
 /// Most children that one fork may ask for.
 pub const MAX_CHILDREN: u32 = 128;

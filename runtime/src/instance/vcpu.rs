@@ -18,7 +18,7 @@ use crate::fork::{Engine, ForkCause, ForkError, Moment, Step};
 use crate::kvm::{KvmError, Vcpu};
 use crate::memory::{BackingKind, GuestRam};
 use crate::proto::{CRASHED, Event};
-use crate::sys::{chain, now_ns};
+use crate::sys::{chain, now_ns, realtime_ns};
 
 /// How long a fork waits for a standby to be made.
 const STANDBY_NS: u64 = 20_000_000_000;
@@ -233,6 +233,10 @@ impl Instance {
             (port::FORK, _, data) => {
                 data.fill(0);
                 self.read_answer(index, data);
+            }
+            (port::CLOCK, _, data) => {
+                let now = realtime_ns().to_le_bytes();
+                data.iter_mut().zip(now.into_iter().cycle()).for_each(|(to, byte)| *to = byte);
             }
             (_, offset @ 0..8, data) if linux => {
                 // More than one: a string instruction, each of whose bytes is read at this port.

@@ -12,7 +12,8 @@ pub mod machine;
 pub mod place;
 
 pub use machine::{
-    Ended, FILES, Program, end_with_this_process, folder_prefix, kernel_folder, missing, run,
+    Ended, FILES, Program, Stalled, end_with_this_process, folder_prefix, kernel_folder, missing,
+    run,
 };
 pub use place::Place;
 

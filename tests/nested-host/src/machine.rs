@@ -117,11 +117,18 @@ pub fn run(
     let mut ended: Vec<Ended> = Vec::new();
     let mut under_way: Option<(String, Vec<String>)> = None;
     let mut last: Vec<String> = Vec::new();
+    let mut pulse = Pulse::of(&machine.process);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let line = match machine.lines.recv_timeout(left) {
+        let line = match machine.lines.recv_timeout(left.min(LOOK)) {
             Ok(line) => line,
             Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if left > LOOK => {
+                if pulse.has_stopped() {
+                    return Err(Stalled { last: last.join("\n") }.into());
+                }
+                continue;
+            }
             Err(RecvTimeoutError::Timeout) => {
                 let at = under_way.map_or("booting".to_owned(), |(name, _)| name);
                 bail!(
@@ -157,6 +164,64 @@ pub fn run(
         last.join("\n")
     );
     Ok(ended)
+}
+
+/// The emulator stands still: nothing runs in it any more, not even the kernel's own timers.
+///
+/// Seen with QEMU 7.2, once in some hundred runs: its processor halts, with no timer of the emulated
+/// machine left that would wake it. What waits in there has limits of time, but no time passes.
+#[derive(Debug)]
+pub struct Stalled {
+    last: String,
+}
+
+impl std::fmt::Display for Stalled {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let seconds = STILL.as_secs();
+        write!(
+            formatter,
+            "the emulator used no processor for {seconds} s; it said last:\n{}",
+            self.last
+        )
+    }
+}
+
+impl std::error::Error for Stalled {}
+
+/// How often the emulator is looked at while it says nothing.
+const LOOK: Duration = Duration::from_secs(5);
+/// How long it may use no processor at all. A kernel that idles uses some milliseconds in that time.
+const STILL: Duration = Duration::from_mins(2);
+
+/// The processor time of a process.
+struct Pulse {
+    stat: PathBuf,
+    ticks: Option<u64>,
+    since: Instant,
+}
+
+impl Pulse {
+    fn of(process: &Child) -> Self {
+        let stat = Path::new("/proc").join(process.id().to_string()).join("stat");
+        Self { stat, ticks: None, since: Instant::now() }
+    }
+
+    /// Whether it has used none since [`STILL`] ago.
+    fn has_stopped(&mut self) -> bool {
+        let ticks = ticks(&fs::read_to_string(&self.stat).unwrap_or_default());
+        if ticks.is_none() || ticks != self.ticks {
+            (self.ticks, self.since) = (ticks, Instant::now());
+        }
+        self.since.elapsed() >= STILL
+    }
+}
+
+/// Ticks in user and kernel mode: the 14th and 15th word, of which the second may have blanks.
+fn ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut words = rest.split_whitespace().skip(11);
+    let mut next = || words.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
 }
 
 /// How the names of this module's folders begin, in the folder for temporary files.
@@ -365,4 +430,30 @@ fn init_script(programs: &[Program]) -> Result<String> {
     }
     lines.push("$b sync; $b reboot -f\n".to_owned());
     Ok(lines.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_sleeps_has_no_pulse_and_one_that_works_has() {
+        assert_eq!(ticks("7 (a b) c) S 1 2 3 4 5 6 7 8 9 10 40 2 0 0"), Some(42));
+        assert_eq!(ticks("nonsense"), None);
+        let own = || ticks(&fs::read_to_string("/proc/self/stat").expect("it is there"));
+        let (before, begin) = (own(), Instant::now());
+        while own() == before {
+            assert!(begin.elapsed() < Duration::from_secs(20));
+        }
+        // A machine that was started a moment ago has no such time.
+        let Some(earlier) = Instant::now().checked_sub(STILL) else { return };
+        let mut sleeper = Command::new("sleep").arg("60").spawn().expect("it starts");
+        let mut pulse = Pulse::of(&sleeper);
+        assert!(!pulse.has_stopped());
+        pulse.since = earlier;
+        assert!(pulse.has_stopped());
+        sleeper.kill().expect("it runs");
+        sleeper.wait().expect("it has ended");
+        assert!(!pulse.has_stopped(), "one that is gone is told by its line");
+    }
 }

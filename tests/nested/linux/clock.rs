@@ -18,6 +18,7 @@ use crate::Inside;
 pub fn cases() -> Vec<Inside> {
     vec![
         ("identity::the_wall_clock_of_a_child_is_that_of_the_host", wall),
+        ("identity::the_wall_clock_of_a_root_is_that_of_the_host", root),
         ("identity::a_wall_clock_that_is_wrong_is_noticed_here", control),
         ("identity::the_monotonic_clock_goes_on", monotonic),
     ]
@@ -31,11 +32,10 @@ const QUESTIONS: u32 = 150;
 const LIMIT: Duration = Duration::from_secs(6);
 /// A wall clock that is wrong, in milliseconds.
 const WRONG: f64 = 3000.0;
-/// Children, of which one has to be as near as this to the host's, in milliseconds.
+/// Children, of which one's has to be right.
 const CHILDREN: usize = 4;
-const NEAR: f64 = 250.0;
-/// No child's is so far off, in milliseconds.
-const FAR: f64 = 1000.0;
+/// None is so far off, in milliseconds.
+const FAR: f64 = 500.0;
 
 /// A clock of a guest against the host's, in milliseconds.
 #[derive(Clone, Copy, Debug)]
@@ -133,7 +133,7 @@ fn measure() -> Result<Measured> {
         let now = clocks_of()?;
         say("a child's", now);
         children.push(now);
-        if now.real.ms.abs() < NEAR || children.len() == CHILDREN {
+        if !now.real.is_wrong() || children.len() == CHILDREN {
             guest.sh(child, &format!("ukp-check shift {WRONG}"))?;
             let wrong = clocks_of()?;
             guest.exit(child, 0)?;
@@ -151,15 +151,23 @@ fn say(who: &str, Clocks { real, .. }: Clocks) {
     println!("wall clock, {who}: {:+.3} ms against the host's, ± {:.3}", real.ms, real.uncertain);
 }
 
-/// A child that keeps its parent's clock is seconds off here. The specification's bound is a
-/// millisecond. It is not held where processors are scarce: the host looks at its clock once, and what
-/// passes until the child's agent looks at its own is lost (40 to 220 ms at a load of 17 on two
-/// processors). So what is found is printed, and only what is far off fails.
+/// The specification's bound is a millisecond. A child's agent that has no processor between its last
+/// look at the host's clock and the setting of its own cannot hold it, nor can this test know a clock
+/// better than the quickest answer allows: so of several children one has to be as near, and none may
+/// be far off.
 fn wall() -> Result<()> {
     let Measured { children, .. } = measured()?;
     let all: Vec<Offset> = children.iter().map(|child| child.real).collect();
-    ensure!(all.iter().any(|real| real.ms.abs() < NEAR + real.uncertain), "none of {all:?}");
+    ensure!(all.iter().any(|real| !real.is_wrong()), "none of {all:?}");
     ensure!(all.iter().all(|real| real.ms.abs() < FAR), "{all:?}");
+    Ok(())
+}
+
+/// A root boots without a clock of its own, and loses time while it does.
+fn root() -> Result<()> {
+    let real = measured()?.before.real;
+    println!("wall clock of the root: {real:?}");
+    ensure!(real.ms.abs() < FAR, "{real:?}");
     Ok(())
 }
 

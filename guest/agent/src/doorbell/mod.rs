@@ -3,7 +3,6 @@
 pub mod ports;
 
 use std::io;
-use std::time::Instant;
 
 use guest_abi::port::answer;
 use uuid::Uuid;
@@ -41,6 +40,13 @@ pub trait Doorbell: Send + Sync {
     ///
     /// The port cannot be used.
     fn exit(&self, code: u8) -> io::Result<()>;
+
+    /// The host's wall clock, in nanoseconds since the epoch.
+    ///
+    /// # Errors
+    ///
+    /// The port cannot be used, or this host tells no time.
+    fn clock_ns(&self) -> io::Result<u64>;
 }
 
 /// What came of a fork.
@@ -73,10 +79,6 @@ pub struct Identity {
     pub generation: u64,
     /// Fresh random bytes.
     pub entropy: [u8; 32],
-    /// Wall clock of the host when the answer was read, in nanoseconds since the epoch.
-    pub realtime_ns: u64,
-    /// When that was, by the clock of this machine: what has to be done first takes its time.
-    pub read: Instant,
 }
 
 impl Outcome {
@@ -96,8 +98,6 @@ impl Outcome {
             uuid: Uuid::from_bytes(part(&bytes, answer::OWN_UUID)),
             generation: u64::from_le_bytes(part(&bytes, answer::GENERATION)),
             entropy: part(&bytes, answer::ENTROPY),
-            realtime_ns: u64::from_le_bytes(part(&bytes, answer::REALTIME_NS)),
-            read: Instant::now(),
         })
     }
 }
@@ -145,7 +145,6 @@ mod tests {
         let Outcome::Child(identity) = Outcome::of(&words) else { panic!("not the child") };
         assert_eq!(identity.uuid.as_bytes().first(), Some(&7), "word 6 is the first of its UUID");
         assert_eq!(identity.generation, 1 << 32 | 5);
-        assert_eq!(identity.realtime_ns, 2 << 32 | 7);
         assert_eq!(identity.entropy.first(), Some(&13));
         assert_eq!(identity.entropy.last(), Some(&20));
     }

@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::io;
 
-use guest_abi::port::{ANNOUNCE, EXIT, FORK, READY, answer};
+use guest_abi::port::{ANNOUNCE, CLOCK, EXIT, FORK, READY, answer};
 
 use super::{Doorbell, Words};
 
@@ -70,6 +70,17 @@ impl Doorbell for Ports {
     fn exit(&self, code: u8) -> io::Result<()> {
         write(Self::permit()?, EXIT, u32::from(code));
         Ok(())
+    }
+
+    fn clock_ns(&self) -> io::Result<u64> {
+        let mut words = [0; 2];
+        read(Self::permit()?, CLOCK, &mut words);
+        let [low, high] = words.map(u64::from);
+        match high << 32 | low {
+            // Nothing is there, or what there is has no clock.
+            0 | u64::MAX => Err(io::ErrorKind::Unsupported.into()),
+            ns => Ok(ns),
+        }
     }
 }
 

@@ -138,7 +138,8 @@ fn serve_libukp(
     {
         say(format_args!("cannot set the host name {hostname:?}: {error}"));
     }
-    let machine = renew::Machine::new(config.hostname.clone(), run, Path::new("/etc/machine-id"));
+    let id = Path::new("/etc/machine-id");
+    let machine = renew::Machine::new(doorbell.clone(), config.hostname.clone(), run, id);
     let machine: Arc<dyn Renew> =
         Arc::new(machine.map_err(cannot("make ready what a child renews"))?);
     let session = crate::fs::mount(service.clone(), mounted)
@@ -202,10 +203,18 @@ fn listen(server: Arc<Server>) -> Result<(), InitError> {
     thread.spawn(accept).map(drop).map_err(cannot("start the thread that listens"))
 }
 
-/// On a thread of its own: this one starts the workload, which would inherit the ports.
+/// Sets the clock, which a boot without a clock of its own leaves behind, and says that this machine is
+/// ready. On a thread of its own: this one starts the workload, which would inherit the ports.
 fn ring_ready(doorbell: &Arc<dyn Doorbell>) -> Result<(), InitError> {
     let doorbell = doorbell.clone();
-    let rung = std::thread::spawn(move || doorbell.ready()).join();
+    let ring = move || {
+        // A root is nobody's child: it is itself, whatever its clock says.
+        if let Err(error) = renew::clock::set(&*doorbell) {
+            say(format_args!("the wall clock stays as it is: {error}"));
+        }
+        doorbell.ready()
+    };
+    let rung = std::thread::spawn(ring).join();
     let rung = rung.unwrap_or_else(|_| Err(io::Error::other("its thread has panicked")));
     rung.map_err(cannot("say that this machine is ready"))
 }

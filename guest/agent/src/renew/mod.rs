@@ -3,15 +3,15 @@
 //! In this order: the kernel's random numbers, the wall clock, the generation file, the machine id,
 //! the host name. If a step fails the child may not live, for it could be taken for its parent.
 
+pub mod clock;
 mod random;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::time::{ClockId, Timespec, clock_settime};
-
-use crate::doorbell::Identity;
+use crate::doorbell::{Doorbell, Identity};
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,8 +35,8 @@ pub trait Renew: Send + Sync {
 }
 
 /// The steps of a real machine.
-#[derive(Debug)]
 pub struct Machine {
+    doorbell: Arc<dyn Doorbell>,
     random: File,
     generation: PathBuf,
     id: PathBuf,
@@ -49,13 +49,18 @@ impl Machine {
     /// # Errors
     ///
     /// The random device or the generation file cannot be had.
-    pub fn new(hostname: Option<String>, run: &Path, machine_id: &Path) -> io::Result<Self> {
+    pub fn new(
+        doorbell: Arc<dyn Doorbell>,
+        hostname: Option<String>,
+        run: &Path,
+        machine_id: &Path,
+    ) -> io::Result<Self> {
         let random = OpenOptions::new().write(true).open("/dev/urandom")?;
         let generation = run.join("generation");
         replace(&generation, b"0\n", 0o644)?;
         // A name without the UUID is the same in all machines, and set once.
         let hostname = hostname.filter(|name| name.contains(UUID));
-        Ok(Self { random, generation, id: machine_id.into(), hostname })
+        Ok(Self { doorbell, random, generation, id: machine_id.into(), hostname })
     }
 }
 
@@ -67,10 +72,7 @@ impl Renew for Machine {
         let step = |step| move |source| RenewError { step, source };
         random::credit(&self.random, &identity.entropy).map_err(step("credit entropy"))?;
         random::reseed(&self.random).map_err(step("reseed the random number generator"))?;
-        let passed = u64::try_from(identity.read.elapsed().as_nanos()).unwrap_or(0);
-        let now = timespec(identity.realtime_ns.saturating_add(passed));
-        clock_settime(ClockId::Realtime, now)
-            .map_err(|errno| step("set the wall clock")(errno.into()))?;
+        clock::set(&*self.doorbell).map_err(step("set the wall clock"))?;
         let generation = format!("{}\n", identity.generation);
         replace(&self.generation, generation.as_bytes(), 0o644)
             .map_err(step("write the generation"))?;
@@ -91,14 +93,6 @@ impl Renew for Machine {
 /// The kernel does not take it: it is longer than 64 bytes, or this is not root.
 pub fn set_hostname(template: &str, uuid: &str) -> io::Result<()> {
     Ok(rustix::system::sethostname(template.replace(UUID, uuid).as_bytes())?)
-}
-
-fn timespec(ns: u64) -> Timespec {
-    let (seconds, ns) = (ns / 1_000_000_000, ns % 1_000_000_000);
-    Timespec {
-        tv_sec: i64::try_from(seconds).unwrap_or(i64::MAX),
-        tv_nsec: i64::try_from(ns).unwrap_or(0),
-    }
 }
 
 /// Puts a new file in the place of `path`: whoever watches the folder sees it moved there, and who
@@ -160,12 +154,5 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "22\n");
         assert_eq!(io::read_to_string(&mut old).unwrap(), "1\n");
         fs::remove_dir_all(folder).unwrap();
-    }
-
-    #[test]
-    fn nanoseconds_become_a_time() {
-        let time = timespec(1_700_000_000_123_456_789);
-        assert_eq!((time.tv_sec, time.tv_nsec), (1_700_000_000, 123_456_789));
-        timespec(u64::MAX);
     }
 }

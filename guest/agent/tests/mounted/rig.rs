@@ -88,6 +88,10 @@ impl Doorbell for Bell {
     fn exit(&self, _: u8) -> io::Result<()> {
         Ok(())
     }
+
+    fn clock_ns(&self) -> io::Result<u64> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// A host whose children live until the test says otherwise.
