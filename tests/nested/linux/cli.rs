@@ -96,6 +96,11 @@ impl Run {
         }
     }
 
+    /// What it has said and nobody has asked for.
+    fn said(&self) -> Vec<String> {
+        self.events.try_iter().map(|event| event.to_string()).collect()
+    }
+
     /// Its code, once it has ended.
     fn end(&mut self, limit: Duration) -> Result<Option<i32>> {
         let end = Instant::now() + limit;
@@ -167,7 +172,10 @@ fn verbs() -> Result<()> {
     expected.extend(children.iter().map(|child| (*child, Some(run.root))));
     expected.sort_unstable();
     parents.sort_unstable();
-    ensure!(parents == expected, "{listed}");
+    if parents != expected {
+        let (all, said) = (json(&["ps", "--all", "--json"])?, run.said());
+        bail!("{branched} made, {listed} listed, of {all}; {said:?}");
+    }
     let [one, other] = children[..] else { bail!("{branched}") };
     let (one, other) = (one.to_string(), other.to_string());
     for child in [&one, &other] {
