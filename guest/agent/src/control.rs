@@ -105,7 +105,11 @@ pub fn exit(socket: &Path, code: u8) -> Result<(), FrameError> {
     let mut stream = UnixStream::connect(socket)?;
     write_control(&mut stream, &Wish::Exit { code })?;
     match read_control::<MachineStatus>(&mut stream)? {
-        None => Err(io::Error::other("the machine's init did not end it").into()),
+        None => {
+            // Its end of the connection may be gone a moment before everybody else is.
+            std::thread::sleep(LIMIT);
+            Err(io::Error::other("the machine's init did not end it").into())
+        }
         Some(_) => Ok(()),
     }
 }

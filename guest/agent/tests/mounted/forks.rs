@@ -228,14 +228,7 @@ fn what_was_queued_belonged_to_the_parent() -> Result<()> {
 /// The agent reads a request only when it is another machine already. It was made before the barrier.
 fn what_was_not_read_belonged_to_the_parent() -> Result<()> {
     let rig = Rig::new()?;
-    let (sender, results) = std::sync::mpsc::channel();
-    let path = rig.path("fork");
-    rig.host.at_birth(move || {
-        let writer = thread::spawn(move || sender.send(errno(fs::write(path, "1"))));
-        // Long enough for the request to be made.
-        thread::sleep(Duration::from_millis(200));
-        drop(writer);
-    });
+    let results = rig.write_at_birth("fork");
     rig.next(Fork::Become(Uuid::new_v4(), 1));
     fs::write(rig.path("fork"), "1")?;
     ensure!(results.recv_timeout(LIMIT)? == libc::EIO);

@@ -1,9 +1,6 @@
 //! The rest of the interface.
 
 use std::fs;
-use std::sync::mpsc::channel;
-use std::thread;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use uuid::Uuid;
@@ -40,14 +37,7 @@ fn scale_to_zero_is_counted() -> Result<()> {
 /// The agent reads the write only when it is another machine already: the clone's, where it returns.
 fn unread_template() -> Result<()> {
     let rig = Rig::new()?;
-    let (sender, results) = channel();
-    let path = rig.path("template_instance");
-    rig.host.at_birth(move || {
-        let writer = thread::spawn(move || sender.send(errno(fs::write(path, "1"))));
-        // Long enough for the request to be made.
-        thread::sleep(Duration::from_millis(200));
-        drop(writer);
-    });
+    let results = rig.write_at_birth("template_instance");
     rig.next(Fork::Become(Uuid::new_v4(), 1));
     fs::write(rig.path("fork"), "1")?;
     ensure!(results.recv_timeout(LIMIT)? == 0);

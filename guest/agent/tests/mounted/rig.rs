@@ -298,6 +298,20 @@ impl Rig {
         self.at.join("vm").join(uuid.to_string()).join(file)
     }
 
+    /// Writes to the file `name` when the machine is another one but its fork has not returned; tells
+    /// the error number.
+    pub fn write_at_birth(&self, name: &str) -> Receiver<i32> {
+        let (sender, results) = channel();
+        let path = self.path(name);
+        self.host.at_birth(move || {
+            let writer = std::thread::spawn(move || sender.send(errno(fs::write(path, "1"))));
+            // Long enough for the request to be made.
+            std::thread::sleep(Duration::from_millis(200));
+            drop(writer);
+        });
+        results
+    }
+
     /// The next fork will give this.
     pub fn next(&self, fork: Fork) {
         if let (Fork::Child(uuid), Some(_)) = (&fork, &self.forks) {
