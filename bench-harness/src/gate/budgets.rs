@@ -127,6 +127,8 @@ impl Budgets {
         for ((role, name), values) in &seen.exact {
             let wanted = match recorded(role, name) {
                 Some(Budget::Exactly(count)) => *count,
+                // Written by hand, for a call that depends on who was faster in this workload alone.
+                Some(Budget::Limit { at_most }) if mostly_at_most(values) <= *at_most => continue,
                 _ => 0,
             };
             if agreed(values) != Some(wanted) {
