@@ -229,4 +229,17 @@ mod tests {
         assert_eq!(budgets.record("quiet", &wavering).unwrap_err().len(), 1);
         assert_eq!(budgets.differences("quiet", &wavering).len(), 1);
     }
+    /// One that wavers has to have its limit written by hand, and more than that does not pass.
+    #[test]
+    fn a_limit_written_by_hand_holds_for_any_call() {
+        let limit = "[quiet.parent]\n\"futex wake\" = { at_most = 3 }\n";
+        let budgets = Budgets::parse(limit).unwrap();
+        let mut wavering = seen(&[("futex wake", 2)], &[]);
+        for value in wavering.exact.values_mut().flatten().step_by(3) {
+            *value = 3;
+        }
+        assert_eq!(budgets.differences("quiet", &wavering), [""; 0]);
+        let more = seen(&[("futex wake", 4)], &[]);
+        assert_eq!(budgets.differences("quiet", &more).len(), 1);
+    }
 }
