@@ -20,11 +20,13 @@ use super::apply::{Applied, Applier, Hand};
 use super::link::Link;
 use super::shared::SPIN_NS;
 use super::step::ForkCause;
-use crate::memory::Mapping;
+use crate::memory::{Mapping, Reserve};
 use crate::sys::{futex_wait, futex_wake, now_ns};
 
 /// Entries taken at once.
 const PORTION: u32 = 16;
+/// Entries that are worth giving memory back for that was put aside for them.
+const SOME: u32 = 8;
 /// Entries left for which help is worth the call, which takes as long as ten of them.
 const MANY: u32 = 64;
 /// Value of `next` when nothing more can be taken.
@@ -41,6 +43,8 @@ mod helper {
 #[derive(Debug)]
 pub(super) struct Crew {
     applier: Applier,
+    /// For the pages that will be filled.
+    reserve: Reserve,
     /// First entry of the fork that nobody has taken.
     next: AtomicU32,
     /// See [`helper`].
@@ -52,9 +56,10 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    pub(super) fn new(applier: Applier) -> Self {
+    pub(super) fn new(applier: Applier, reserve: Reserve) -> Self {
         Self {
             applier,
+            reserve,
             next: AtomicU32::new(CLOSED),
             helper: AtomicU32::new(helper::AWAY),
             pages: AtomicU32::new(0),
@@ -85,6 +90,9 @@ impl Crew {
             return Ok(0);
         };
         let to = head.min(from + PORTION);
+        if to - from >= SOME {
+            self.reserve.spend();
+        }
         let applied = self.applier.apply(hand, link, mapping, from..to)?;
         self.pages.fetch_add(applied.pages, Ordering::Relaxed);
         self.private.fetch_add(applied.private, Ordering::Relaxed);

@@ -490,7 +490,9 @@ impl Flight {
             let slot = link.slot(handle.slot);
             if !failed && slot.word.load(Ordering::Acquire) == word::LIVE {
                 let uuid = Uuid::from_bytes(handle.identity.uuid);
-                live.push(ChildReport::new(slot, uuid, doorbell_ns));
+                let child = ChildReport::new(slot, uuid, doorbell_ns);
+                link.header().note_filled(child.applied_pages.saturating_sub(child.private_pages));
+                live.push(child);
             } else {
                 if failed {
                     dismiss(&handle.line);

@@ -30,7 +30,7 @@ use crate::device::generation;
 use crate::device::virtio::Bus;
 use crate::instance::{Birth, Cradle, Instance, last_words};
 use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
-use crate::memory::{Image, Mapping, PAGE, RamLayout, Sealed};
+use crate::memory::{Image, Mapping, PAGE, RamLayout, Reserve, Sealed};
 use crate::proto::InstanceConfig;
 use crate::sys::{self, now_ns};
 
@@ -164,7 +164,7 @@ fn prepare_with(
     if let Some(image) = image {
         instance.keep_sealed(image);
     }
-    let crew = Crew::new(applier);
+    let crew = Crew::new(applier, Reserve::new(link.header().reserve()));
     let shared = Arc::new(Shared::new(instance.clone(), link.clone(), slot, base, crew));
     let line = line.take().ok_or_else(|| failed(ForkCause::Died))?;
     instance.start_control(Some(Cradle { standby: shared.clone(), line }), None).map_err(failed)?;
@@ -200,6 +200,7 @@ fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<(Zygote, Womb)
     parent.keep_from_children();
     // What its parent writes again and again it is likely to write too.
     link.header().set_hot_pages(parent.header().hot_pages());
+    link.header().note_filled(u32::try_from(parent.header().reserve()).unwrap_or(0));
     let womb = Womb { host, config, link, image, mapping, owned };
     // SAFETY: this process was forked from a zygote and has not started a thread.
     unsafe { Zygote::fork(womb) }.map_err(at(Step::Prewarm))

@@ -18,6 +18,7 @@ mod guest;
 mod image;
 mod layout;
 mod mapping;
+mod reserve;
 mod uffd;
 
 pub use backing::{Backing, BackingKind, MemoryError};
@@ -26,4 +27,5 @@ pub use guest::{GuestRam, guest_ram};
 pub use image::{Image, Sealed, Unsealed, Writable};
 pub use layout::{PAGE, RamLayout, RamRange};
 pub use mapping::{Mapping, prefetch_page};
+pub use reserve::Reserve;
 pub use uffd::{Copied, Uffd};

@@ -12,6 +12,8 @@ pub const MAX_VCPUS: usize = 16;
 pub const SLOTS: usize = 160;
 /// Most pages that a standby makes private ahead of the fork.
 pub const MAX_HOT: usize = 4096;
+/// Most pages for which a standby has memory put aside.
+const MAX_RESERVE: u32 = 1024;
 
 /// States of a slot's futex word.
 pub mod word {
@@ -108,6 +110,8 @@ pub struct Header {
     pub head: AtomicU32,
     /// Highest number of journal entries ever used, so that standbys map as many.
     pub journal_used: AtomicU32,
+    /// Pages that the last child had to fill, which were not private to it.
+    filled: AtomicU32,
     /// Regions in which pages were captured lately: standbys have page tables there.
     pub regions: [AtomicU64; REGION_WORDS],
     /// Pages that standbys make private ahead: their number …
@@ -121,6 +125,16 @@ impl Header {
     pub(in crate::fork) fn hot_pages(&self) -> impl Iterator<Item = u32> + '_ {
         let count = (self.hot_count.load(Ordering::Acquire) as usize).min(MAX_HOT);
         self.hot[..count].iter().map(|page| page.load(Ordering::Relaxed))
+    }
+
+    /// Pages for which a standby puts memory aside: as many as the last child had to fill.
+    pub(in crate::fork) fn reserve(&self) -> usize {
+        self.filled.load(Ordering::Relaxed).min(MAX_RESERVE) as usize
+    }
+
+    /// Notes how many pages a child had to fill, or that one like it will.
+    pub(in crate::fork) fn note_filled(&self, pages: u32) {
+        self.filled.store(pages, Ordering::Relaxed);
     }
 
     /// First page of every region in which pages were captured lately.
