@@ -14,6 +14,7 @@
 //! its figures are compared with, in the same run, is timed by [`baseline`].
 //! What the figures mean is in `METHODOLOGY.md`, what they cannot say in `BIAS.md`.
 
+#![warn(clippy::print_stdout)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
 
 pub mod baseline;

@@ -12,6 +12,7 @@
 //! | [`doctor`] | whether this host can fork machines, and what would make it faster |
 //!
 //! Dependencies point down: `owner` speaks to `instance` through `proto` alone.
+#![warn(clippy::print_stdout)]
 
 pub mod agent;
 pub mod beacon;

@@ -1,4 +1,4 @@
-//! Small runs whose forks are counted: a root of 64 MiB that is quiet, one fork after the other.
+//! Small runs whose forks are counted: a root of 64 MiB, one fork after the other.
 //!
 //! A run is a process of its own, because it runs under a tracer. It prints one line per fork.
 
@@ -32,14 +32,21 @@ pub struct Workload {
     pub vcpus: u32,
     /// Children of each fork.
     pub children: u32,
+    /// Pages that the parent writes just before each fork, other ones each time. Few enough that a
+    /// child does not ask a second thread for help.
+    pub dirty: u64,
 }
 
 /// The workloads that have budgets.
-pub const ALL: [Workload; 3] = [
-    Workload { name: "quiet", vcpus: 1, children: 1 },
-    Workload { name: "vcpus-2", vcpus: 2, children: 1 },
-    Workload { name: "fanout-3", vcpus: 1, children: 3 },
+pub const ALL: [Workload; 4] = [
+    Workload { name: "quiet", vcpus: 1, children: 1, dirty: 0 },
+    Workload { name: "dirty-32", vcpus: 1, children: 1, dirty: 32 },
+    Workload { name: "vcpus-2", vcpus: 2, children: 1, dirty: 0 },
+    Workload { name: "fanout-3", vcpus: 1, children: 3, dirty: 0 },
 ];
+
+/// Pages between two that are written: each fork's begin one page further on.
+const STRIDE: u64 = 97;
 
 /// How it is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +95,8 @@ pub fn run(workload: &Workload, variant: &Variant, out: &mut dyn Write) -> Resul
         memory_mib: 64,
         vcpus: workload.vcpus,
         standbys: workload.children,
+        // What is written just before a fork is left to it, however slow the tracer makes it.
+        sync: workload.dirty == 0,
         dirty: if variant.bitmap { DirtyMode::Bitmap } else { DirtyMode::Ring },
         vcpu_cpus,
         standby_cpus,
@@ -100,12 +109,15 @@ pub fn run(workload: &Workload, variant: &Variant, out: &mut dyn Write) -> Resul
     let ticks = words.first().copied().unwrap_or(0) / 1000 * SETTLE_US;
     owner.ask(root, Request::Arm).context("arming")?;
     // The child gives its other vCPUs time for their first run.
-    let program = [
+    let mut program = [
         all(op::SPIN, ticks),
+        all(op::DIRTY_STRIDE, workload.dirty),
         all(op::FORK, workload.children.into()),
         WireStep { who: who::CHILD, ..all(op::SPIN, 2 * ticks) },
     ];
     for number in 0..variant.warmup + variant.forks {
+        let nth = u64::from(number) + 1;
+        program[1].args = [workload.dirty, nth, nth % STRIDE, STRIDE];
         owner
             .ask(root, Request::Standbys { count: workload.children })
             .context("waiting for standbys")?;

@@ -15,6 +15,7 @@
 //!
 //! Everything in the kernel belongs to descriptors of this process: it goes when the process does,
 //! however it ends. Nothing is pinned.
+#![warn(clippy::print_stdout)]
 
 mod attach;
 mod counted;

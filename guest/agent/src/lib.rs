@@ -13,6 +13,7 @@
 //! Everything that touches the machine is behind a trait ([`doorbell::Doorbell`], [`host::Host`],
 //! [`renew::Renew`]), so that tests can mount the file system on any host.
 
+#![warn(clippy::print_stdout)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
 
 pub mod cli;

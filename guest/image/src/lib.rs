@@ -22,6 +22,7 @@
 //!
 //! An image is large, because it is not compressed: a kernel below an emulator would take seconds to
 //! decompress it.
+#![warn(clippy::print_stdout)]
 
 mod archive;
 mod cache;

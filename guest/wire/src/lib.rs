@@ -9,6 +9,7 @@
 //! ([`message`]), everything else is bytes. The limits hold on both sides: neither believes what the
 //! other says about lengths.
 
+#![warn(clippy::print_stdout)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that fails should say where"))]
 
 pub mod frame;

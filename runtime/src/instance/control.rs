@@ -75,29 +75,9 @@ fn run(instance: &Arc<Instance>, cradle: Option<Cradle>, owner: Option<OwnedFd>)
     if let Ok(owner) = &owner {
         last_words::owner(owner);
     }
-    let code = match owner {
-        Ok(owner) => match instance.take_zygote() {
-            Some(zygote) => {
-                let config = instance.config();
-                match Keeper::new(zygote, instance.link(), config.standbys, config.sync) {
-                    Ok(keeper) => Control {
-                        instance,
-                        owner,
-                        keeper,
-                        old_link,
-                        paused: None,
-                        gone: false,
-                        under_way: false,
-                    }
-                    .serve(),
-                    Err(_) => 1,
-                }
-            }
-            None => 1,
-        },
-        // Nobody wants this instance.
-        Err(_) => 1,
-    };
+    // Its connection ends with the process: then the owner knows that nothing of it is left.
+    let mut control = owner.ok().and_then(|owner| Control::new(instance, owner, old_link));
+    let code = control.as_mut().map_or(1, Control::serve);
     if let Some(devices) = instance.devices() {
         devices.close();
     }
@@ -160,8 +140,27 @@ struct Control<'a> {
     under_way: bool,
 }
 
-impl Control<'_> {
-    fn serve(mut self) -> i32 {
+impl<'a> Control<'a> {
+    /// `None`: there is no zygote, or no memory.
+    fn new(
+        instance: &'a Arc<Instance>,
+        owner: OwnedFd,
+        old_link: Option<Arc<Link>>,
+    ) -> Option<Self> {
+        let (zygote, config) = (instance.take_zygote()?, instance.config());
+        let keeper = Keeper::new(zygote, instance.link(), config.standbys, config.sync).ok()?;
+        Some(Self {
+            instance,
+            owner,
+            keeper,
+            old_link,
+            paused: None,
+            gone: false,
+            under_way: false,
+        })
+    }
+
+    fn serve(&mut self) -> i32 {
         let instance = self.instance;
         self.send(&Event::Hello {
             uuid: instance.uuid(),
@@ -206,6 +205,14 @@ impl Control<'_> {
         if self.old_link.as_ref().is_some_and(|link| Arc::strong_count(link) == 1) {
             self.old_link = None;
         }
+        // Before the engine is looked at: who has it may be waiting for a fork to be decided.
+        for event in instance.take_events() {
+            if matches!(event, Event::Exited { .. }) {
+                self.gone = true;
+                self.send(&Event::Calls { rows: ebpf_loader::rows(&calls::counted()) });
+            }
+            self.send(&event);
+        }
         let waiting = instance.engine().is_waited_for();
         if waiting && let Err(error) = self.arm() {
             instance.engine().note_prewarm_failure(&error);
@@ -223,13 +230,6 @@ impl Control<'_> {
             if waiting {
                 instance.gate().unblock_all();
             }
-        }
-        for event in instance.take_events() {
-            if matches!(event, Event::Exited { .. }) {
-                self.gone = true;
-                self.send(&Event::Calls { rows: ebpf_loader::rows(&calls::counted()) });
-            }
-            self.send(&event);
         }
         if self.old_link.is_some() { Some(Duration::from_millis(1)) } else { tick.wait }
     }
