@@ -126,9 +126,11 @@ fn compare(file: &Path, out: &mut dyn Write) -> Result<bool> {
 }
 
 fn record(file: &Path, out: &mut dyn Write) -> Result<bool> {
+    // One that cannot be read has no limits to keep.
+    let old = read(file).unwrap_or_default();
     let mut budgets = Budgets::default();
     let good = counts(out, |workload, seen| {
-        budgets.record(workload.name, seen).err().unwrap_or_default()
+        budgets.record(workload.name, seen, &old).err().unwrap_or_default()
     })?;
     if good {
         std::fs::write(file, budgets.text())

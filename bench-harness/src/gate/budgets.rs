@@ -80,15 +80,22 @@ impl Budgets {
         text
     }
 
-    /// Takes what was seen as the budget of a workload.
+    /// Takes what was seen as the budget of a workload. A limit written by hand in `old` stays, if it
+    /// holds.
     ///
     /// # Errors
     ///
     /// The counts on which forks do not agree: they cannot be recorded.
-    pub fn record(&mut self, workload: &str, seen: &Seen) -> Result<(), Vec<String>> {
+    pub fn record(&mut self, workload: &str, seen: &Seen, old: &Self) -> Result<(), Vec<String>> {
         let mut roles: BTreeMap<String, BTreeMap<String, Budget>> = BTreeMap::new();
         let mut wavering = Vec::new();
         for ((role, name), values) in &seen.exact {
+            if let Some(limit @ Budget::Limit { at_most }) = old.recorded(workload, role, name)
+                && mostly_at_most(values) <= at_most
+            {
+                roles.entry((*role).to_owned()).or_default().insert(name.clone(), limit);
+                continue;
+            }
             match agreed(values) {
                 Some(0) => {}
                 Some(count) => {
@@ -116,19 +123,22 @@ impl Budgets {
         if wavering.is_empty() { Ok(()) } else { Err(wavering) }
     }
 
+    fn recorded(&self, workload: &str, role: &str, name: &str) -> Option<Budget> {
+        self.0.get(workload)?.get(role)?.get(name).copied()
+    }
+
     /// Compares: one line for each count that is not as recorded.
     #[must_use]
     pub fn differences(&self, workload: &str, seen: &Seen) -> Vec<String> {
         let Some(roles) = self.0.get(workload) else {
             return vec![format!("{workload}: nothing is recorded")];
         };
-        let recorded = |role: &str, name: &str| roles.get(role).and_then(|role| role.get(name));
         let mut lines = Vec::new();
         for ((role, name), values) in &seen.exact {
-            let wanted = match recorded(role, name) {
-                Some(Budget::Exactly(count)) => *count,
+            let wanted = match self.recorded(workload, role, name) {
+                Some(Budget::Exactly(count)) => count,
                 // Written by hand, for a call that depends on who was faster in this workload alone.
-                Some(Budget::Limit { at_most }) if mostly_at_most(values) <= *at_most => continue,
+                Some(Budget::Limit { at_most }) if mostly_at_most(values) <= at_most => continue,
                 _ => 0,
             };
             if agreed(values) != Some(wanted) {
@@ -137,8 +147,8 @@ impl Budgets {
             }
         }
         for ((role, name), values) in &seen.timing {
-            let limit = match recorded(role, name) {
-                Some(Budget::Limit { at_most }) => *at_most,
+            let limit = match self.recorded(workload, role, name) {
+                Some(Budget::Limit { at_most }) => at_most,
                 _ => 0,
             };
             let most = mostly_at_most(values);
@@ -190,7 +200,7 @@ mod tests {
     fn what_was_recorded_is_read_again_and_passes() {
         let seen = seen(&[("ioctl KVM_GET_MSRS", 1), ("sendto", 0)], &[("futex of a lock", 2)]);
         let mut budgets = Budgets::default();
-        budgets.record("quiet", &seen).unwrap();
+        budgets.record("quiet", &seen, &Budgets::default()).unwrap();
         let text = budgets.text();
         assert!(
             text.contains("[quiet.parent]\n\"futex of a lock\" = { at_most = 64 }\n"),
@@ -205,7 +215,7 @@ mod tests {
     fn each_difference_is_a_line() {
         let mut budgets = Budgets::default();
         let before = seen(&[("ioctl A", 1), ("ioctl B", 1)], &[("futex of a lock", 1)]);
-        budgets.record("quiet", &before).unwrap();
+        budgets.record("quiet", &before, &Budgets::default()).unwrap();
         let after = seen(&[("ioctl A", 2), ("ioctl C", 1)], &[("futex of a lock", 65)]);
         assert_eq!(
             budgets.differences("quiet", &after),
@@ -226,14 +236,16 @@ mod tests {
             *value = 2;
         }
         let mut budgets = Budgets::default();
-        assert_eq!(budgets.record("quiet", &wavering).unwrap_err().len(), 1);
+        assert_eq!(budgets.record("quiet", &wavering, &Budgets::default()).unwrap_err().len(), 1);
         assert_eq!(budgets.differences("quiet", &wavering).len(), 1);
     }
+
     /// One that wavers has to have its limit written by hand, and more than that does not pass.
     #[test]
     fn a_limit_written_by_hand_holds_for_any_call() {
         let limit = "[quiet.parent]\n\"futex wake\" = { at_most = 3 }\n";
-        let budgets = Budgets::parse(limit).unwrap();
+        let mut budgets = Budgets::parse(limit).unwrap();
+        let old = budgets.clone();
         let mut wavering = seen(&[("futex wake", 2)], &[]);
         for value in wavering.exact.values_mut().flatten().step_by(3) {
             *value = 3;
@@ -241,5 +253,13 @@ mod tests {
         assert_eq!(budgets.differences("quiet", &wavering), [""; 0]);
         let more = seen(&[("futex wake", 4)], &[]);
         assert_eq!(budgets.differences("quiet", &more).len(), 1);
+        budgets.record("quiet", &wavering, &old).unwrap();
+        assert!(
+            budgets.text().contains("\"futex wake\" = { at_most = 3 }\n"),
+            "{}",
+            budgets.text()
+        );
+        budgets.record("quiet", &more, &old).unwrap();
+        assert!(budgets.text().contains("\"futex wake\" = 4\n"), "{}", budgets.text());
     }
 }
