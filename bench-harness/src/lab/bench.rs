@@ -25,6 +25,8 @@ use crate::session::{LabError, Progress, ScenarioRun};
 const RATE_US: u64 = 100_000;
 /// Seeds lie this far apart: each is the beginning of a search.
 const SEEDS: u64 = 1 << 20;
+/// Most children of a fork of whom each reads all of its memory, at half a second a GiB.
+const MOST_WHO_CHECK_ALL: u32 = 3;
 
 /// A scenario under way.
 pub(super) struct Bench<'a> {
@@ -244,6 +246,21 @@ impl<'a> Bench<'a> {
             self.next(&round)?;
             self.progress.advance(1);
         }
+        self.check_all()
+    }
+
+    /// One fork, not recorded either, whose children read all of their memory. The others check what
+    /// was written before the fork, and some pages more.
+    fn check_all(&mut self) -> Result<(), LabError> {
+        if !self.model.is_known() || self.scenario.children_per_fork > MOST_WHO_CHECK_ALL {
+            return Ok(());
+        }
+        self.progress.phase("check", 1);
+        let mut plan = self.plan();
+        plan.check_others = Some(Pick { count: 0, seed: 0 });
+        let round = self.fork(&plan)?;
+        self.next(&round)?;
+        self.progress.advance(1);
         Ok(())
     }
 

@@ -61,13 +61,21 @@ impl Model {
         if self.worked.contains(&page) { self.passes } else { 0 }
     }
 
-    /// What CHECK of `count` random pages must give.
+    /// Whether all pages are known.
+    pub(super) fn is_known(&self) -> bool {
+        self.unknown.is_empty()
+    }
+
+    /// What CHECK of `count` random pages must give; of all pages if `count` is 0.
     pub(super) fn check(&self, count: u64, seed: u64) -> u64 {
         let sum = |page| {
             let generation = self.generations.get(&page).copied().unwrap_or(0);
             expected_sum(self.seed, page, generation, self.counter(page))
         };
-        self.pick(seed, count).map(sum).fold(0, u64::wrapping_add)
+        match count {
+            0 => (0..self.pages).map(sum).fold(0, u64::wrapping_add),
+            count => self.pick(seed, count).map(sum).fold(0, u64::wrapping_add),
+        }
     }
 
     fn pick(&self, seed: u64, count: u64) -> impl Iterator<Item = u64> + use<> {
@@ -94,6 +102,9 @@ mod tests {
         assert_ne!(once, model.check(50, 3));
         model.dirty(50, 1, 3);
         assert_eq!(once, model.check(50, 3));
+        let all = model.check(0, 0);
+        model.dirty(1, 3, 5);
+        assert_ne!(all, model.check(0, 0));
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub(super) fn step(op: u32, who: u16, result: u16, args: [u64; 4]) -> WireStep {
     WireStep { op, who, result, args }
 }
 
-/// Random pages picked by a seed.
+/// Random pages picked by a seed; all pages, if `count` is 0.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pick {
     pub(super) count: u64,

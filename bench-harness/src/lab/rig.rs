@@ -153,7 +153,9 @@ impl Rig {
             }
         };
         let reported = Instant::now();
-        let results = |uuid: Uuid| owner.results(uuid, 0, seq, ANSWER).map(Words);
+        let all = plan.check_others.is_some_and(|pick| pick.count == 0);
+        let patience = if all { FORK } else { ANSWER };
+        let results = |uuid: Uuid| owner.results(uuid, 0, seq, patience).map(Words);
         let parent = results(uuid).map_err(engine("waiting for the parent after a fork"))?;
         if let Some((step, errno)) = report.failed {
             return Ok(Outcome::Failed { step: step.name().into(), errno, parent });
