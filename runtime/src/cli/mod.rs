@@ -33,6 +33,7 @@ mod parse;
 mod prometheus;
 mod ps;
 mod run;
+mod screen;
 mod serve;
 mod signals;
 mod stats;

@@ -1,8 +1,7 @@
 //! `run`: a machine in the foreground.
 
-use std::io::{Stderr, Stdout, stderr, stdout};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ebpf_loader::Level;
@@ -19,12 +18,13 @@ use rustix::process::{Resource, Rlimit, Signal, getpid, getrlimit, kill_process,
 use uuid::Uuid;
 
 use super::args::{GuestArgs, RunArgs};
-use super::console::{Console, Format};
+use super::console::Format;
 use super::error::{CliError, exit_code};
 use super::image;
 use super::keyboard::Keyboard;
 use super::log::Logs;
 use super::parse;
+use super::screen::Screen;
 use super::serve::Server;
 use super::signals::Signals;
 use super::stats::shortfall;
@@ -37,8 +37,6 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 /// How often children that are born late are looked for.
 const LOOK: Duration = Duration::from_millis(5);
 
-type Screen = Mutex<Console<Stdout, Stderr>>;
-
 pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     let config = config(args)?;
     let host = Host::open()?;
@@ -46,16 +44,16 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     let signals = Signals::block()?;
     raise_descriptor_limit();
     let format = if args.json { Format::Json } else { Format::Text };
-    let screen = Arc::new(Screen::new(Console::new(stdout(), stderr(), format)));
+    let screen = Arc::new(Screen::start(format)?);
     if config.dirty == DirtyMode::Ring && !host.has_dirty_ring() {
-        lock(&screen).note("this KVM has no dirty ring; using the bitmap");
+        screen.note("this KVM has no dirty ring; using the bitmap");
     }
     drop(host);
     let logs = Arc::new(Logs::default());
     let (listener, keeping) = (screen.clone(), logs.clone());
     let owner = Owner::forwarding(Box::new(move |uuid, event| {
         keeping.event(uuid, event);
-        lock(&listener).event(uuid, event);
+        listener.event(uuid, event);
     }))?;
     let owner = Arc::new(owner);
     let level = args.probes.into();
@@ -64,19 +62,19 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         level => owner.probe(level).err().map(|error| sys::chain(&error)),
     };
     if let (Some(off), true) = (&probes_off, level != Level::Off) {
-        lock(&screen).note(&format!("probes are off: {off}"));
+        screen.note(&format!("probes are off: {off}"));
     }
     let server = Server::start(&owner, logs, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
     let result = start(&owner, config).and_then(|root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
-        lock(&screen).note(&format!("{root} runs{what}"));
+        screen.note(&format!("{root} runs{what}"));
         if let Some(less) = owner.probes(|probes| shortfall(&probes.shortfalls())).flatten() {
-            lock(&screen).note(&less);
+            screen.note(&less);
         }
         let keyboard = args.interactive.then(|| keyboard(&owner, root)).transpose()?;
         if let Some(note) = keyboard.as_ref().and_then(Keyboard::note) {
-            lock(&screen).note(note);
+            screen.note(note);
         }
         Ok((root, watch(&owner, root, &signals, args.kill_children)))
     });
@@ -86,7 +84,7 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         Some(signal) => Ok(exit_code(128 + signal)),
         None => outcome(&owner, root),
     });
-    lock(&screen).finish();
+    screen.finish();
     server.finish();
     remove_folder(&owner);
     result
@@ -98,10 +96,6 @@ fn keyboard(owner: &Arc<Owner>, root: Uuid) -> Result<Keyboard, CliError> {
     // It arrives: it is this process that waits for it.
     let leave = || kill_process(getpid(), Signal::INT).unwrap_or(());
     Keyboard::start(move |bytes| owner.type_in(root, bytes).ok(), leave)
-}
-
-fn lock(screen: &Screen) -> MutexGuard<'_, Console<Stdout, Stderr>> {
-    screen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What Linux is booted from.
