@@ -84,6 +84,12 @@ test-without-probes:
     UKP_BPF_RUSTC=/no/such/rustc cargo test --locked -p ebpf-loader --lib \
         --target-dir target/without-probes
 
+# The fuzz targets, without the fuzzer, on the bytes they begin with
+[group('check')]
+test-seeds:
+    cargo test --manifest-path tests/fuzz/Cargo.toml --locked --release \
+        --target-dir "${CARGO_TARGET_DIR:-target}"
+
 # Random bytes for every parser of what guests, files and clients say ([TARGET] [--seconds N])
 [group('check')]
 [no-exit-message]
@@ -124,6 +130,7 @@ ci:
     part lint {{ just }} lint
     part test {{ just }} test --no-fail-fast
     part 'test without probes' {{ just }} test-without-probes
+    part 'fuzz targets on their seeds' {{ just }} test-seeds
     if [[ -e /dev/kvm ]]; then
         part gate {{ just }} gate
     else

@@ -93,6 +93,11 @@ impl Thread {
         // fork, if that fails too.
         drop(self.with.doorbell.announce(ANNOUNCE_US));
         let tgid = Proc.thread_group(request.tid);
+        if self.barrier.is_none() {
+            // What its parent's programs have asked for, a child would do once more.
+            say("fork failed: without the file that a child closes first");
+            return self.with.service.fork_failed(request);
+        }
         if let Some(Err(error)) = self.with.freezer.as_ref().map(Freezer::freeze) {
             say(format_args!("fork failed: the workload cannot be frozen: {error}"));
             return self.with.service.fork_failed(request);
@@ -105,7 +110,7 @@ impl Thread {
             self.thaw();
         }
         match outcome {
-            Ok(Outcome::Child(identity)) => self.become_child(request, &identity),
+            Ok(Outcome::Child(identity)) => self.become_child(request, tgid, &identity),
             Ok(Outcome::Parent { child, own }) => {
                 self.with.service.welcomed(own);
                 self.with.service.forked(request, tgid, child, took);
@@ -129,7 +134,7 @@ impl Thread {
         }
     }
 
-    fn become_child(&mut self, request: ForkRequest, identity: &Identity) {
+    fn become_child(&mut self, request: ForkRequest, tgid: u32, identity: &Identity) {
         let born = Instant::now();
         if let Err(error) = self.with.renew.renew(identity) {
             say(chain(&error));
@@ -137,7 +142,8 @@ impl Thread {
             return request.fail(fuser::Errno::EIO);
         }
         let renewed = born.elapsed();
-        self.with.service.became_child(identity.uuid, identity.generation);
+        let forker = (request.tid, tgid);
+        self.with.service.became_child(identity.uuid, identity.generation, forker);
         self.barrier = None;
         self.thaw();
         self.with.service.born(born.elapsed(), renewed);

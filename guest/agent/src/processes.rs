@@ -69,7 +69,16 @@ fn has_signal(status: &str) -> bool {
         let digits = line(status, name).unwrap_or("0");
         u64::from_str_radix(digits, 16).unwrap_or(0)
     };
-    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:") != 0
+    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:") & !PATIENT != 0
+}
+
+/// Signals that do not end a wait. The kernel would start the call again after their handlers, if
+/// those want that, but not once we have answered; and a shell has a handler for its children's ends.
+const PATIENT: u64 =
+    bit(libc::SIGCHLD) | bit(libc::SIGCONT) | bit(libc::SIGURG) | bit(libc::SIGWINCH);
+
+const fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
 }
 
 #[cfg(test)]
@@ -106,6 +115,9 @@ mod tests {
         assert!(has_signal(&status("0", "0000000000000100", "0")));
         assert!(!has_signal(&status("2", "0", "2")));
         assert!(has_signal(&status("2", "0", "1")));
+        // SIGCHLD and SIGWINCH; with SIGTERM beside them.
+        assert!(!has_signal(&status("10000", "8000000", "0")));
+        assert!(has_signal(&status("10000", "4000", "0")));
         assert!(!has_signal("nonsense"));
     }
 }

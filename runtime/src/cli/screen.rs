@@ -104,8 +104,8 @@ mod tests {
     /// More than a pipe holds is said while nobody reads, and all of it comes.
     #[test]
     fn nobody_waits_for_a_reader() {
-        let (mut reader, writer) = pipe().unwrap();
-        let screen = Screen::on(writer, std::io::sink(), Format::Text).unwrap();
+        let (mut reader, writer) = pipe().expect("a pipe");
+        let screen = Screen::on(writer, std::io::sink(), Format::Text).expect("a thread");
         for _ in 0..1000 {
             screen.event(Uuid::nil(), &Event::Console { bytes: vec![b'x'; 1000] });
         }
@@ -114,6 +114,6 @@ mod tests {
             reader.read_to_end(&mut all).map(|_| all.len())
         });
         screen.finish();
-        assert_eq!(reader.join().unwrap().unwrap(), 1_000_000);
+        assert_eq!(reader.join().expect("no panic").expect("readable"), 1_000_000);
     }
 }

@@ -68,13 +68,15 @@ pub struct Serial {
     device: Mutex<Device<Asked, NoEvents, Vec<u8>>>,
     asked: Asked,
     panic: Mutex<Panic>,
+    /// On another console.
+    panic_elsewhere: Mutex<Panic>,
 }
 
 impl Default for Serial {
     fn default() -> Self {
         let asked = Asked::default();
         let device = Mutex::new(Device::new(asked.clone(), Vec::new()));
-        Self { device, asked, panic: Mutex::default() }
+        Self { device, asked, panic: Mutex::default(), panic_elsewhere: Mutex::default() }
     }
 }
 
@@ -98,6 +100,21 @@ impl Serial {
     pub fn panic(&self) -> Option<(String, bool)> {
         let panic = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
         panic.reason.clone().map(|reason| (reason, panic.ended))
+    }
+
+    /// The guest says something on another console than this one: its kernel may panic there.
+    pub fn overhear(&self, said: &[u8]) {
+        let mut panic = self.panic_elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+        for byte in said {
+            panic.hear(*byte);
+        }
+    }
+
+    /// What the guest's kernel said on any console when it panicked. Programs say things there, too:
+    /// it explains an end, and is no reason for one.
+    pub fn last_panic(&self) -> Option<String> {
+        let elsewhere = self.panic_elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+        self.panic().map(|(reason, _)| reason).or_else(|| elsewhere.reason.clone())
     }
 
     /// The guest writes a register several times. Returns what it said on the line.
@@ -178,6 +195,17 @@ mod tests {
         assert_eq!(serial.panic(), Some((reason.clone(), false)));
         say("[    1.2] ---[ end Kernel panic - not syncing: No working init found. ]---\r\n");
         assert_eq!(serial.panic(), Some((reason, true)));
+    }
+
+    #[test]
+    fn a_panic_on_another_console_is_no_reason_to_end() {
+        let serial = Serial::default();
+        assert_eq!(serial.last_panic(), None);
+        serial.overhear(
+            b"[    1.1] Kernel panic - not syncing: hung\r\n---[ end Kernel panic ]---\r\n",
+        );
+        assert_eq!(serial.panic(), None);
+        assert_eq!(serial.last_panic().as_deref(), Some("Kernel panic - not syncing: hung"));
     }
 
     #[test]

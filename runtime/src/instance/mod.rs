@@ -488,6 +488,7 @@ impl virtio::Outside for Instance {
     }
 
     fn say(&self, bytes: &[u8]) {
+        self.serial.overhear(bytes);
         self.post_console(bytes);
     }
 }

@@ -268,8 +268,8 @@ impl Instance {
             }
             _ => match ports::Power::of(port, byte)? {
                 ports::Power::Stays => Some(Action::Continue),
-                ports::Power::Restarts => match self.serial.panic() {
-                    Some((reason, _)) => Some(panicked(&reason)),
+                ports::Power::Restarts => match self.serial.last_panic() {
+                    Some(reason) => Some(panicked(&reason)),
                     None => end(0),
                 },
                 ports::Power::Off => end(0),

@@ -39,7 +39,7 @@ pub fn run(data: &[u8]) {
     poke(ram, guest_abi::entry::param_page(u64::from(guest.vcpu % 16)), guest.page);
     let (_, results) = parameters(ram, guest.vcpu.into());
     assert!(results.len() <= guest_abi::param::RESULTS);
-    let own = Identity { uuid: [1; 16], generation: 7, entropy: [9; 32] };
+    let own = Identity { uuid: [1; 16], generation: 7, entropy: [9; 32], vm_generation: [5; 16] };
     let children: Vec<_> =
         (0..guest.children).map(|child| Identity { uuid: [child; 16], ..own }).collect();
     let mut answer = Answer::parent(&own, &children);

@@ -15,6 +15,7 @@ pub fn cases() -> Vec<Inside> {
         ("libukp::the_child_reads_the_zero_uuid", child_reads),
         ("libukp::vm_is_empty_in_the_child", empty_vm),
         ("libukp::a_forked_child_forks", nested_fork),
+        ("libukp::a_child_is_read_by_who_did_not_fork_it", apart),
         ("libukp::wait_blocks_until_the_child_has_stopped", waits),
         ("libukp::a_child_is_gone_once_its_code_was_read", gone),
         ("libukp::the_shell_idiom_forks_in_a_loop", in_a_loop),
@@ -195,6 +196,26 @@ echo "@codes" $codes
         if code != expected {
             bail!("the host heard {code} of child {expected}");
         }
+    }
+    Ok(())
+}
+
+/// Programs that the host runs, of which none started another, in a child. What the host forks there
+/// says nothing to them; what one of them forks does to the next, as it would in a root.
+fn apart() -> Result<()> {
+    let guest = one()?;
+    let child = guest.fork()?;
+    let read = |instance| guest.sh(instance, "cat /uk/libukp/fork");
+    let by_host = *guest.owner.branch(child, 1)?.first().context("no child")?;
+    guest.ready(by_host)?;
+    ensure!(read(child)?.trim() == ZERO, "the host forked it");
+    guest.sh(child, "echo 1 > /uk/libukp/fork")?;
+    let grandchild: Uuid = read(child)?.trim().parse()?;
+    guest.ready(grandchild)?;
+    ensure!(!grandchild.is_nil() && grandchild != by_host, "{grandchild}");
+    ensure!(read(grandchild)?.trim() == ZERO, "the grandchild");
+    for instance in [grandchild, by_host, child] {
+        guest.exit(instance, 0)?;
     }
     Ok(())
 }

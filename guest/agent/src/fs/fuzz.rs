@@ -41,7 +41,7 @@ pub fn fork(service: &Service, came: Came) -> bool {
             service.forked(request, tgid, child, Duration::ZERO);
         }
         Came::Child(own, generation) => {
-            service.became_child(own, generation);
+            service.became_child(own, generation, (request.tid, request.tid));
             request.succeed();
         }
         Came::Failed => service.fork_failed(request),

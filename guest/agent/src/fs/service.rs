@@ -237,11 +237,13 @@ impl Service {
 
     /// This is the child. Everything that was asked of the parent is answered; the request that
     /// forked is not yet, and the barrier has to be closed.
-    pub(crate) fn became_child(&self, own: Uuid, generation: u64) {
+    pub(crate) fn became_child(&self, own: Uuid, generation: u64, (tid, tgid): (u32, u32)) {
         let mut guard = self.lock();
         let inner = &mut *guard;
         inner.passing = inner.barrier.take();
-        let forks = inner.machine.became_child(own, generation, inner.passing.is_some());
+        let barrier = inner.passing.is_some();
+        let machine = &mut inner.machine;
+        let forks = machine.became_child((own, generation), (tid, tgid), since_boot(), barrier);
         let waiters = std::mem::take(&mut inner.waiters);
         let in_clones = std::mem::take(&mut inner.in_clones);
         let asked = std::mem::take(&mut inner.asked);

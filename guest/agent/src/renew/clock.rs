@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use crate::console::say;
 use crate::doorbell::Doorbell;
 
 /// Looks at the host's clock, each time the difference is measured.
@@ -18,7 +19,9 @@ const QUICK_NS: i128 = 200_000;
 /// A clock that is as near is right.
 const NEAR_NS: i128 = 200_000;
 /// How often it is set at most: where there is no processor for us, it stays as near as it came.
-const SETTINGS: u32 = 4;
+const SETTINGS: u32 = 16;
+/// A clock that is further away is worth a word.
+const FAR_NS: i128 = 1_000_000;
 
 /// Sets it, unless it is right. Returns by how much it was wrong.
 ///
@@ -35,6 +38,9 @@ pub fn set(doorbell: &dyn Doorbell) -> io::Result<Duration> {
         }
         clock_settime(ClockId::Realtime, timespec(realtime_ns() + ahead_ns))?;
         now = difference(doorbell)?;
+    }
+    if now.ahead_ns.abs() - now.uncertain_ns > FAR_NS {
+        say(format_args!("the wall clock is {} us off the host's", now.ahead_ns / 1000));
     }
     let wrong = u64::try_from(first.ahead_ns.abs()).unwrap_or(u64::MAX);
     Ok(Duration::from_nanos(wrong))

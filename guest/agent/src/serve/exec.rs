@@ -75,18 +75,39 @@ pub(super) fn run(
     };
     let (sent, pumps) = channel::<()>();
     for (kind, output) in streams.outputs {
-        let (connection, sent, ended) = (connection.clone(), sent.clone(), ended.clone());
-        thread::spawn(move || {
-            pump(&connection, kind, output, &ended);
+        let (to, sent, ended) = (connection.clone(), sent.clone(), ended.clone());
+        let pumps = move || {
+            pump(&to, kind, output, &ended);
             drop(sent);
-        });
+        };
+        if let Err(error) = spawn(pumps) {
+            return given_up(server, connection, pid, &error);
+        }
     }
     drop(sent);
     let finisher = connection.clone();
-    thread::spawn(move || finish(&finisher, &code, &pumps));
+    if let Err(error) = spawn(move || finish(&finisher, &code, &pumps)) {
+        return given_up(server, connection, pid, &error);
+    }
     let mut input = ProgramInput { file: streams.input, terminal: streams.terminal, ended };
     input.follow(server, connection, pid);
     Ok(())
+}
+
+/// A machine may be short of threads, and its first process must not end for that.
+fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name("ukp-exec".into()).spawn(work).map(drop)
+}
+
+/// Nobody would hear of the program.
+fn given_up(
+    server: &Server,
+    connection: &Connection,
+    pid: u32,
+    error: &io::Error,
+) -> Result<(), FrameError> {
+    server.reaper.signal(pid, Signal::KILL);
+    connection.fail("a thread for the program's output", error)
 }
 
 fn start(

@@ -91,13 +91,19 @@ impl<T> Machine<T> {
         self.children.add(child, now)
     }
 
-    /// The fork in progress is done, and this is the child. Returns the requests that belonged to
+    /// The fork in progress, which the thread `tid` asked for, is done, and this is the child. Returns the requests that belonged to
     /// the parent. Until [`Queue::barrier_passed`] further ones are refused, if there is a barrier.
-    pub fn became_child(&mut self, own: Uuid, generation: u64, barrier: bool) -> Vec<T> {
+    pub fn became_child(
+        &mut self,
+        (own, generation): (Uuid, u64),
+        (tid, tgid): (u32, u32),
+        now: Duration,
+        barrier: bool,
+    ) -> Vec<T> {
         self.own = own;
         self.generation = generation;
         self.epoch += 1;
-        self.readers.became_child();
+        self.readers.became_child(tid, tgid, now);
         self.children.clear();
         self.queue.became_child(barrier)
     }

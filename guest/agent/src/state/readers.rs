@@ -9,6 +9,8 @@ use uuid::Uuid;
 const RECORDS: usize = 4096;
 /// Most ancestors that are looked at.
 const ANCESTORS: usize = 128;
+/// The agent, which forks for the host: nobody's ancestor in this.
+const INIT: u32 = 1;
 
 /// What is known of a thread or process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,7 @@ pub enum ForkValue {
 struct Record {
     tgid: u32,
     at: Duration,
+    /// Nil: it is the fork that this machine came from.
     child: Uuid,
 }
 
@@ -55,9 +58,18 @@ pub struct Readers {
 }
 
 impl Readers {
+    /// The thread `tid` of the process `tgid` forked `child`.
     pub(super) fn record(&mut self, tid: u32, tgid: u32, at: Duration, child: Uuid) {
-        self.records.insert(tid, Record { tgid, at, child });
-        self.last = Some(child);
+        // What the host forks concerns nobody in a child: who has not read yet what it is would take
+        // itself for the parent.
+        if !(self.is_child && tgid == INIT) {
+            self.last = Some(child);
+        }
+        self.insert(tid, Record { tgid, at, child });
+    }
+
+    fn insert(&mut self, tid: u32, record: Record) {
+        self.records.insert(tid, record);
         while self.records.len() > RECORDS {
             let oldest = self.records.iter().min_by_key(|(_, record)| record.at);
             let Some((&tid, _)) = oldest else { break };
@@ -65,19 +77,23 @@ impl Readers {
         }
     }
 
-    pub(super) fn became_child(&mut self) {
+    /// This is the child of a fork that the thread `tid` of the process `tgid` asked for.
+    pub(super) fn became_child(&mut self, tid: u32, tgid: u32, at: Duration) {
         *self = Self { is_child: true, ..Self::default() };
+        self.insert(tid, Record { tgid, at, child: Uuid::nil() });
     }
 
     /// What the thread `tid` reads: the child of its own last fork, or of its process, or of the
-    /// nearest ancestor that forked (a shell writes, and the `cat` that it starts reads). Whoever
-    /// has none of them reads the last fork of this machine, or the zero UUID in a child.
+    /// nearest ancestor that forked (a shell writes, and the `cat` that it starts reads); the zero
+    /// UUID if that is the fork that this machine came from. Whoever has none of them reads the last
+    /// fork of this machine, or the zero UUID in a child that has not forked.
     #[must_use]
     pub fn read(&self, tid: u32, processes: &impl Processes) -> ForkValue {
         let found = self.of_thread(tid, processes).or_else(|| self.of_ancestors(tid, processes));
         match (found, self.is_child, self.last) {
-            (Some(child), _, _) | (None, false, Some(child)) => ForkValue::Parent(child),
-            (None, true, _) => ForkValue::Child,
+            (Some(child), ..) if child.is_nil() => ForkValue::Child,
+            (Some(child), ..) | (None, _, Some(child)) => ForkValue::Parent(child),
+            (None, true, None) => ForkValue::Child,
             (None, false, None) => ForkValue::Empty,
         }
     }
@@ -93,7 +109,10 @@ impl Readers {
             return None;
         }
         let mut process = processes.thread(tid)?;
-        for _ in 0..ANCESTORS {
+        for generation in 0..ANCESTORS {
+            if generation > 0 && process.tgid == INIT {
+                return None;
+            }
             if let Some(child) = self.of_group(&process, processes) {
                 return Some(child);
             }

@@ -129,10 +129,11 @@ fn a_process_number_used_again_is_not_the_one_that_forked() {
 fn a_circle_of_ancestors_ends() {
     let mut machine = machine(2);
     machine.forked(99, 99, at(5), Uuid::new_v4());
-    machine.became_child(Uuid::new_v4(), 1, false);
-    machine.forked(98, 98, at(5), Uuid::new_v4());
+    machine.became_child((Uuid::new_v4(), 1), (90, 90), at(5), false);
+    let last = Uuid::new_v4();
+    machine.forked(98, 98, at(5), last);
     let processes = Table::default().with(2, 2, 3, 0).with(3, 3, 2, 0);
-    assert_eq!(machine.readers.read(2, &processes), ForkValue::Child);
+    assert_eq!(machine.readers.read(2, &processes), ForkValue::Parent(last));
 }
 
 #[test]
@@ -140,11 +141,51 @@ fn a_child_reads_the_zero_uuid_until_it_forks_itself() {
     let mut machine = machine(2);
     let processes = Table::default().with(1, 1, 0, 0).with(2, 2, 1, 0);
     fork(&mut machine, 5);
-    machine.became_child(Uuid::new_v4(), 7, true);
+    machine.became_child((Uuid::new_v4(), 7), (90, 90), at(5), true);
     assert_eq!(machine.readers.read(1, &processes), ForkValue::Child);
     machine.queue.barrier_passed();
     let (uuid, _) = fork(&mut machine, 6);
     assert_eq!(machine.readers.read(1, &processes), ForkValue::Parent(uuid));
+}
+
+/// The agent, process 1, forks when the host asks, and is everybody's ancestor.
+#[test]
+fn what_the_host_forks_is_nobodys_fork_in_a_child() {
+    let mut machine = machine(2);
+    let processes = Table::default().with(1, 1, 0, 0).with(8, 1, 0, 0).with(20, 20, 1, 0);
+    machine.became_child((Uuid::new_v4(), 1), (20, 20), at(3), false);
+    machine.forked(8, 1, at(5), Uuid::new_v4());
+    assert_eq!(machine.readers.read(20, &processes), ForkValue::Child);
+    let processes = processes.with(30, 30, 1, 6);
+    assert_eq!(machine.readers.read(30, &processes), ForkValue::Child, "started since");
+}
+
+/// `echo 1 | tee fork; cat fork`: neither is the other's ancestor. So it is with two programs that the
+/// host runs one after the other.
+#[test]
+fn a_fork_of_an_unrelated_process_is_read_in_a_child_as_in_a_root() {
+    let mut machine = machine(2);
+    let processes = Table::default().with(1, 1, 0, 0).with(20, 20, 1, 0).with(31, 31, 20, 6);
+    let (tee, another) = ((25, 25), (26, 26));
+    machine.became_child((Uuid::new_v4(), 1), tee, at(3), false);
+    assert_eq!(machine.readers.read(31, &processes), ForkValue::Child);
+    let child = Uuid::new_v4();
+    machine.forked(another.0, another.1, at(5), child);
+    assert_eq!(machine.readers.read(31, &processes), ForkValue::Parent(child));
+}
+
+/// Another process may fork before the one that this machine comes from has read what it is.
+#[test]
+fn who_asked_for_the_fork_that_a_child_comes_from_reads_zero_until_it_forks() {
+    let mut machine = machine(2);
+    let processes = Table::default().with(1, 1, 0, 0).with(20, 20, 1, 0).with(21, 21, 20, 6);
+    machine.became_child((Uuid::new_v4(), 1), (20, 20), at(3), false);
+    machine.forked(40, 40, at(5), Uuid::new_v4());
+    assert_eq!(machine.readers.read(20, &processes), ForkValue::Child);
+    assert_eq!(machine.readers.read(21, &processes), ForkValue::Child, "what it starts");
+    let child = Uuid::new_v4();
+    machine.forked(20, 20, at(6), child);
+    assert_eq!(machine.readers.read(21, &processes), ForkValue::Parent(child));
 }
 
 #[test]
@@ -156,7 +197,7 @@ fn in_a_child_vm_is_empty_and_what_was_queued_fails() {
     machine.queue.submit(2).unwrap();
     machine.queue.submit(3).unwrap();
     let own = Uuid::new_v4();
-    assert_eq!(machine.became_child(own, 9, true), [2, 3]);
+    assert_eq!(machine.became_child((own, 9), (90, 90), at(5), true), [2, 3]);
     assert_eq!((machine.own(), machine.generation(), machine.epoch()), (own, 9, 1));
     assert_eq!(machine.children.iter().count(), 0);
     assert_eq!(machine.children.find(uuid), None);
@@ -171,7 +212,7 @@ fn in_a_child_vm_is_empty_and_what_was_queued_fails() {
 fn a_number_is_not_used_again_in_a_child() {
     let mut machine = machine(4);
     let (_, number) = fork(&mut machine, 5);
-    machine.became_child(Uuid::new_v4(), 1, false);
+    machine.became_child((Uuid::new_v4(), 1), (90, 90), at(5), false);
     assert_ne!(fork(&mut machine, 6).1, number);
 }
 
@@ -250,7 +291,7 @@ fn the_first_name_that_the_host_gives_stays() {
     assert!(machine.welcomed(a));
     assert!(machine.welcomed(a));
     assert!(!machine.welcomed(b));
-    machine.became_child(b, 1, false);
+    machine.became_child((b, 1), (90, 90), at(5), false);
     assert!(machine.welcomed(b));
 }
 
