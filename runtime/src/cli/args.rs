@@ -144,7 +144,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub guest: GuestArgs,
     /// What the image runs, in place of its own command
-    #[arg(last = true, requires = "image", value_name = "COMMAND")]
+    #[arg(last = true, requires = "image", conflicts_with = "bare", value_name = "COMMAND")]
     pub command: Vec<String>,
 }
 
@@ -152,23 +152,23 @@ pub struct RunArgs {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct GuestArgs {
     /// A variable of the environment of what the image runs
-    #[arg(short, long, requires = "image", value_name = "NAME=VALUE", value_parser = parse::variable)]
+    #[arg(short, long, requires = "image", conflicts_with = "bare", value_name = "NAME=VALUE", value_parser = parse::variable)]
     pub env: Vec<(String, String)>,
     /// Where in the guest it runs [default: as the image says, or /]
-    #[arg(short, long, requires = "image", value_name = "PATH")]
+    #[arg(short, long, requires = "image", conflicts_with = "bare", value_name = "PATH")]
     pub workdir: Option<String>,
     /// Name of the guest; {uuid} in it is the instance's UUID, another one in each child
-    #[arg(long, requires = "image", value_name = "NAME")]
+    #[arg(long, requires = "image", conflicts_with = "bare", value_name = "NAME")]
     pub hostname: Option<String>,
     /// Forks that may wait for another one in the guest; more are refused with EBUSY [default: 16]
-    #[arg(long, requires = "image", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
+    #[arg(long, requires = "image", conflicts_with = "bare", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     pub fork_queue: Option<u32>,
     /// For how long a child that has stopped is kept in /uk/libukp/vm [default: 60]
-    #[arg(long, requires = "image", value_name = "SECONDS")]
+    #[arg(long, requires = "image", conflicts_with = "bare", value_name = "SECONDS")]
     pub retention: Option<u32>,
     /// Freeze what the image runs across forks, so that none of it runs in a child that is not
     /// another machine yet
-    #[arg(long, requires = "image")]
+    #[arg(long, requires = "image", conflicts_with = "bare")]
     pub freeze: bool,
 }
 

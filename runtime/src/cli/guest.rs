@@ -233,7 +233,10 @@ impl From<AgentError> for CliError {
     fn from(error: AgentError) -> Self {
         match error {
             // A program that is not there, a file that is not: what was typed is wrong.
-            AgentError::Refused { .. } => Self::usage(sys::chain(&error)),
+            // So is the name of an instance that has no agent.
+            AgentError::Refused { .. } | AgentError::NoSocket { .. } | AgentError::NoAgent => {
+                Self::usage(sys::chain(&error))
+            }
             _ => Self::internal(sys::chain(&error)),
         }
     }

@@ -34,6 +34,8 @@ use super::wire::short;
 const FOREVER: Duration = Duration::from_secs(u64::MAX / 4);
 /// How long the last words of processes that are gone may take.
 const LAST_WORDS: Duration = Duration::from_secs(10);
+/// How long output may take to be shown after a signal.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// How often children that are born late are looked for.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -66,7 +68,7 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
     }
     let server = Server::start(&owner, logs, probes_off)?;
     let bundled = config.bare.as_os_str().is_empty() && !config.is_linux();
-    let result = start(&owner, config).and_then(|root| {
+    let watched = |root| {
         let what = if bundled { " with the bundled guest, which waits for programs" } else { "" };
         screen.note(&format!("{root} runs{what}"));
         if let Some(less) = owner.probes(|probes| shortfall(&probes.shortfalls())).flatten() {
@@ -77,17 +79,44 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
             screen.note(note);
         }
         Ok((root, watch(&owner, root, &signals, args.kill_children)))
-    });
+    };
+    let result = match start_unless(&signals, &owner, config) {
+        (_, Some(signal)) => Ok((Uuid::nil(), Some(signal))),
+        (started, None) => started.and_then(watched),
+    };
     owner.shutdown();
     owner.settle();
+    let ended_by = result.as_ref().ok().and_then(|(_, signal)| *signal);
     let result = result.and_then(|(root, signal)| match signal {
         Some(signal) => Ok(exit_code(128 + signal)),
         None => outcome(&owner, root),
     });
-    screen.finish();
     server.finish();
     remove_folder(&owner);
+    // Nothing is left behind from here on, and whoever reads our output may never go on.
+    signals.unblock();
+    screen.finish(ended_by.map(|_| LAST_OUTPUT));
     result
+}
+
+/// Starts the machine. A signal ends it; then its number is there, too.
+fn start_unless(
+    signals: &Signals,
+    owner: &Owner,
+    config: InstanceConfig,
+) -> (Result<Uuid, CliError>, Option<i32>) {
+    let Ok((over, starting)) = std::io::pipe() else { return (start(owner, config), None) };
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let signal = signals.wait_or_hang_up(over);
+            // The one that starts learns of its end.
+            signal.inspect(|_| owner.shutdown())
+        });
+        // On this thread: an instance ends with the one that started it.
+        let started = start(owner, config);
+        drop(starting);
+        (started, watcher.join().unwrap_or(None))
+    })
 }
 
 /// What is typed goes to the first instance; Ctrl-] ends all, like Ctrl-C where that is not typed.
@@ -232,8 +261,15 @@ fn check_guest(config: &InstanceConfig) -> Result<(), CliError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, CliError> {
-    std::fs::read(path)
-        .map_err(|error| CliError::usage(format!("cannot read {}: {error}", path.display())))
+    let cannot = |why: &dyn std::fmt::Display| {
+        CliError::usage(format!("cannot read {}: {why}", path.display()))
+    };
+    let kind = std::fs::metadata(path).map_err(|error| cannot(&error))?.file_type();
+    if !kind.is_file() && !kind.is_dir() {
+        // The instance reads it once more.
+        return Err(cannot(&"it is no regular file; write what it gives to one"));
+    }
+    std::fs::read(path).map_err(|error| cannot(&error))
 }
 
 /// An owner has two descriptors for each instance.

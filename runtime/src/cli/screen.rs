@@ -5,6 +5,7 @@ use std::io::{Write, stderr, stdout};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use runtime::proto::Event;
 use runtime::sys::SysError;
@@ -15,6 +16,9 @@ use super::console::{Console, Format};
 /// How much may wait to be shown. Who has more to say waits, and with it all instances: nothing is
 /// left out.
 const WAITING: usize = 4096;
+
+/// Between two looks whether everything is shown.
+const LOOK: Duration = Duration::from_millis(2);
 
 #[derive(Debug)]
 enum Shown {
@@ -63,12 +67,21 @@ impl Screen {
         self.show(Shown::Note(text.to_owned()));
     }
 
-    /// Returns when everything is shown. What comes later is not.
-    pub fn finish(&self) {
-        self.show(Shown::End);
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            thread.join().unwrap_or(());
+    /// Returns when everything is shown, within `limit` if there is one. What comes later is not.
+    pub fn finish(&self, limit: Option<Duration>) {
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
+        let Some(limit) = limit else {
+            self.show(Shown::End);
+            return thread.join().unwrap_or(());
+        };
+        let end = Instant::now() + limit;
+        let mut told = false;
+        while !thread.is_finished() && Instant::now() < end {
+            // It may be full.
+            told = told || self.queue.try_send(Shown::End).is_ok();
+            std::thread::sleep(LOOK);
         }
     }
 
@@ -80,7 +93,7 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        self.finish();
+        self.finish(None);
     }
 }
 
@@ -113,7 +126,21 @@ mod tests {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).map(|_| all.len())
         });
-        screen.finish();
+        screen.finish(None);
         assert_eq!(reader.join().expect("no panic").expect("readable"), 1_000_000);
+    }
+
+    /// A pipe that nobody reads is no reason to stay.
+    #[test]
+    fn an_end_within_a_limit_comes() {
+        let (reader, writer) = pipe().expect("a pipe");
+        let screen = Screen::on(writer, std::io::sink(), Format::Text).expect("a thread");
+        for _ in 0..WAITING {
+            screen.event(Uuid::nil(), &Event::Console { bytes: vec![b'x'; 1000] });
+        }
+        let begin = Instant::now();
+        screen.finish(Some(Duration::from_millis(50)));
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        drop(reader);
     }
 }

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
+use rustix::process::{PidfdFlags, Signal};
 use uuid::Uuid;
 
 use super::capture::Capture;
@@ -18,6 +19,8 @@ use crate::instance::Instance;
 use crate::kvm::DirtyLog;
 use crate::sys::{self, now_ns};
 
+/// How long a standby may take to end when its fork has failed.
+const FAREWELL_NS: u64 = 500_000_000;
 /// Longest time that a guest can have standbys spin without a fork.
 const MAX_ANNOUNCED_US: u32 = 100_000;
 
@@ -42,6 +45,8 @@ struct Flight {
     report: ForkReport,
     /// Whether all children agreed.
     decided: bool,
+    /// When its processes were told first that it failed.
+    dismissed_ns: Option<u64>,
 }
 
 /// See the module.
@@ -180,7 +185,15 @@ impl Engine {
         // The next stamps take the place of its.
         self.note_resumed(instance);
         let live = Vec::with_capacity(children);
-        self.flights.push(Flight { handles, doorbell_ns, vcpu, live, report, decided: false });
+        self.flights.push(Flight {
+            handles,
+            doorbell_ns,
+            vcpu,
+            live,
+            report,
+            decided: false,
+            dismissed_ns: None,
+        });
         Ok(true)
     }
 
@@ -484,6 +497,8 @@ impl Flight {
             return;
         }
         let failed = self.report.failed.is_some();
+        let dismissed_ns = *self.dismissed_ns.get_or_insert_with(now_ns);
+        let late = failed && now_ns() - dismissed_ns > FAREWELL_NS;
         let doorbell_ns = self.doorbell_ns;
         let live = &mut self.live;
         self.handles.retain(|handle| {
@@ -496,6 +511,10 @@ impl Flight {
             } else {
                 if failed {
                     dismiss(&handle.line);
+                }
+                if late {
+                    // Stopped, or frozen: it does not hear, and no fork can be made while it is there.
+                    kill_leader(slot.tid.load(Ordering::Relaxed), &handle.line);
                 }
                 // The slot is its process's until that is gone.
                 if !hung_up(&handle.line) {
@@ -514,6 +533,19 @@ pub(super) fn hung_up(line: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(line, PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+/// Kills the standby whose first thread is `tid`, if the process at the other end of `line` is still
+/// there. It is not our child, so its number is of use only as long as it is.
+fn kill_leader(tid: u32, line: &OwnedFd) {
+    let pid = rustix::process::Pid::from_raw(tid.cast_signed());
+    let process = pid.map(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+    if let Some(Ok(process)) = process
+        && !hung_up(line)
+    {
+        // It has ended since.
+        rustix::process::pidfd_send_signal(process, Signal::KILL).unwrap_or(());
+    }
 }
 
 /// Tells a standby to end: its control thread reads the end of file.

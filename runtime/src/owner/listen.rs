@@ -98,13 +98,17 @@ fn accept(shared: &Shared, socket: &OwnedFd, spare: &mut Option<OwnedFd>) {
                     drop(shared.adopt(connection, None));
                 }
             }
-            // No descriptor is left: whoever calls is turned away, and its fork fails, instead of
-            // being asked about for ever.
+            // No descriptor is left: whoever calls is turned away, and ends, instead of being asked
+            // about for ever.
             Err(Errno::MFILE | Errno::NFILE) => {
                 if spare.take().is_none() {
                     std::thread::sleep(FULL);
                 } else {
                     drop(rustix::net::accept_with(socket, SocketFlags::CLOEXEC));
+                    shared.note(
+                        "an instance was turned away and ends: no descriptor is left; raise \
+                         RLIMIT_NOFILE (`nofile` in /etc/security/limits.conf)",
+                    );
                 }
                 *spare = spare_descriptor();
                 return;

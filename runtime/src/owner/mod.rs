@@ -50,6 +50,8 @@ use crate::sys::{self, SysError};
 
 /// How long killed instances may take to be gone.
 const GOODBYE: Duration = Duration::from_secs(10);
+/// How soon a child calls that lives.
+const CALLS: Duration = Duration::from_secs(5);
 /// How long a request may take unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Bytes that are typed with one request.
@@ -251,7 +253,14 @@ impl Owner {
     /// The step that failed.
     pub fn branch_unaware(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
         match self.ask(uuid, Request::Branch { children })? {
-            Reply::Forked { children } => Ok(children),
+            Reply::Forked { children } => {
+                for child in &children {
+                    // Whoever hears of it asks for it next. One that is killed before it calls never
+                    // does.
+                    drop(self.wait_for(*child, CALLS));
+                }
+                Ok(children)
+            }
             _ => Ok(Vec::new()),
         }
     }

@@ -297,6 +297,11 @@ impl Shared {
         true
     }
 
+    /// Something that concerns no instance that is known.
+    pub(super) fn note(&self, text: &str) {
+        (self.listener)(Uuid::nil(), &Event::Note { text: text.to_owned() });
+    }
+
     /// The other end of connection `number` is gone. The listener hears of every end: an instance that
     /// was killed does not tell of its own.
     pub(super) fn closed(&self, number: u64) {
@@ -359,6 +364,8 @@ impl State {
     fn end(&mut self, uuid: Uuid, memory: Memory) {
         let Some(known) = self.instances.get_mut(&uuid) else { return };
         known.gone = true;
+        // There is nothing left to be killed, and many more may end.
+        known.process = None;
         ebpf_loader::merge(&mut self.counted_of_ended, &known.counted);
         // Whoever started a root asks how it ended, however many ended since.
         if memory == Memory::Little && known.parent.is_some() {

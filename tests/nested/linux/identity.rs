@@ -12,6 +12,7 @@ pub fn cases() -> Vec<Inside> {
     vec![
         ("identity::a_child_answers_with_its_own_uuid", pings),
         ("identity::machine_ids_are_the_uuids_of_children", machine_ids),
+        ("identity::a_machine_id_that_is_read_only_is_another_all_the_same", read_only_id),
         ("identity::host_names_have_the_uuid_in_them", host_names),
         ("identity::random_bytes_and_uuids_differ_in_all_machines", random),
         ("identity::the_generation_is_another_in_a_child", generations),
@@ -110,6 +111,26 @@ fn machine_ids() -> Result<()> {
         ensure!(id == machine.uuid.simple().to_string(), "{} has {id}", machine.uuid);
     }
     Ok(())
+}
+
+fn read_only_id() -> Result<()> {
+    let guest = one()?;
+    let child = guest.fork()?;
+    let fork = "mkdir /run/etc && cp -a /etc/. /run/etc && mount --bind /run/etc /etc &&
+        mount -o remount,bind,ro /etc && ! touch /etc/machine-id 2>&- &&
+        echo 1 > /uk/libukp/fork && cat /uk/libukp/fork";
+    let mut machine = child;
+    // What was mounted for the first is written to for the second.
+    for script in [fork, "echo 1 > /uk/libukp/fork && cat /uk/libukp/fork"] {
+        let parent = machine;
+        machine = guest.sh(parent, script)?.trim().parse()?;
+        guest.ready(machine)?;
+        let id = |machine| guest.sh(machine, "cat /etc/machine-id");
+        ensure!(id(machine)?.trim() == machine.simple().to_string(), "{machine}");
+        ensure!(id(parent)?.trim() == parent.simple().to_string(), "{parent}");
+    }
+    guest.exit(machine, 0)?;
+    guest.exit(child, 0)
 }
 
 fn host_names() -> Result<()> {

@@ -40,6 +40,8 @@ pub struct Machine {
     random: File,
     generation: PathBuf,
     id: PathBuf,
+    /// What is mounted over the machine id where that cannot be written to.
+    own_id: PathBuf,
     hostname: Option<String>,
 }
 
@@ -60,7 +62,8 @@ impl Machine {
         replace(&generation, b"0\n", 0o644)?;
         // A name without the UUID is the same in all machines, and set once.
         let hostname = hostname.filter(|name| name.contains(UUID));
-        Ok(Self { doorbell, random, generation, id: machine_id.into(), hostname })
+        let own_id = run.join("machine-id");
+        Ok(Self { doorbell, random, generation, id: machine_id.into(), own_id, hostname })
     }
 }
 
@@ -77,7 +80,8 @@ impl Renew for Machine {
         replace(&self.generation, generation.as_bytes(), 0o644)
             .map_err(step("write the generation"))?;
         let id = format!("{}\n", identity.uuid.simple());
-        write_machine_id(&self.id, id.as_bytes()).map_err(step("write the machine id"))?;
+        write_machine_id(&self.id, &self.own_id, id.as_bytes())
+            .map_err(step("write the machine id"))?;
         if let Some(hostname) = &self.hostname {
             set_hostname(hostname, &identity.uuid.to_string())
                 .map_err(step("set the host name"))?;
@@ -106,15 +110,18 @@ fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     fs::rename(new, path)
 }
 
-/// A machine id that is not there, or cannot be written to, is left alone: the image wants it so.
-fn write_machine_id(path: &Path, id: &[u8]) -> io::Result<()> {
+/// A machine id that is not there is not made: the image wants it so. Over one that cannot be written
+/// to `own` is mounted.
+fn write_machine_id(path: &Path, own: &Path, id: &[u8]) -> io::Result<()> {
+    use io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
     let mut file = match OpenOptions::new().write(true).open(path) {
         Ok(file) => file,
-        Err(error) => {
-            use io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
-            let left = [NotFound, PermissionDenied, ReadOnlyFilesystem].contains(&error.kind());
-            return if left { Ok(()) } else { Err(error) };
+        Err(error) if error.kind() == NotFound => return Ok(()),
+        Err(error) if [PermissionDenied, ReadOnlyFilesystem].contains(&error.kind()) => {
+            fs::write(own, id)?;
+            return Ok(rustix::mount::mount_bind(own, path)?);
         }
+        Err(error) => return Err(error),
     };
     // In place, since it may be mounted over; old and new ones are equally long.
     file.write_all(id)?;
@@ -136,10 +143,10 @@ mod tests {
     fn the_machine_id_is_rewritten_if_it_is_there() {
         let folder = folder("machine-id");
         let path = folder.join("machine-id");
-        write_machine_id(&path, b"new\n").unwrap();
+        write_machine_id(&path, &folder.join("own"), b"new\n").unwrap();
         assert!(!path.exists(), "one that is not there is not made");
         fs::write(&path, "something longer\n").unwrap();
-        write_machine_id(&path, b"new\n").unwrap();
+        write_machine_id(&path, &folder.join("own"), b"new\n").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "new\n");
         fs::remove_dir_all(folder).unwrap();
     }

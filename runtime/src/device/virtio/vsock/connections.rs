@@ -55,9 +55,12 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// None, of an instance whose sockets lie at `address`.
+    /// None, of an instance whose sockets lie at `address`. Ports of ours begin at another place in
+    /// each: a child's guest may still know connections of its parent, tells connections apart by port
+    /// and the other end's context id alone (`__vsock_find_connected_socket` in
+    /// net/vmw_vsock/af_vsock.c, Linux 6.1), and answers a request by an old one's port with RST.
     #[must_use]
-    pub fn new(address: Address) -> Self {
+    pub fn new(address: Address, cid: u32) -> Self {
         Self {
             address,
             cid: 0,
@@ -70,7 +73,7 @@ impl Connections {
             by_number: BTreeMap::new(),
             by_ports: HashMap::new(),
             last_number: LISTENER,
-            next_port: FIRST_PORT,
+            next_port: FIRST_PORT | cid,
             turns: VecDeque::new(),
             resets: VecDeque::new(),
         }

@@ -46,6 +46,8 @@ fn a_child_loses_the_connections_of_its_parent_and_gets_its_own() {
         understand(&mut child);
         let (request, _) = child.wait_op(op::REQUEST);
         assert_eq!((request.dst_port, request.dst_cid), (52, child.cid));
+        // It is the first connection in either machine, and the child's guest knows the other, too.
+        assert_ne!(request.src_port, end.host_port);
         let (host_of_child, mut own) = child.accept(&folder.0, 53, 5000);
         carries(&mut child, &mut own, host_of_child, 4000);
         // The parent's goes on.
