@@ -34,8 +34,6 @@ use super::wire::short;
 const FOREVER: Duration = Duration::from_secs(u64::MAX / 4);
 /// How long the last words of processes that are gone may take.
 const LAST_WORDS: Duration = Duration::from_secs(10);
-/// How long output may take to be shown after a signal.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// How often children that are born late are looked for.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -80,42 +78,43 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         }
         Ok((root, watch(&owner, root, &signals, args.kill_children)))
     };
-    let result = match start_unless(&signals, &owner, config) {
+    let starts = || start(&owner, config);
+    let result = match unless_signal(&signals, || owner.shutdown(), starts) {
         (_, Some(signal)) => Ok((Uuid::nil(), Some(signal))),
         (started, None) => started.and_then(watched),
     };
-    owner.shutdown();
-    owner.settle();
-    let ended_by = result.as_ref().ok().and_then(|(_, signal)| *signal);
-    let result = result.and_then(|(root, signal)| match signal {
-        Some(signal) => Ok(exit_code(128 + signal)),
-        None => outcome(&owner, root),
-    });
-    server.finish();
-    remove_folder(&owner);
-    // Nothing is left behind from here on, and whoever reads our output may never go on.
-    signals.unblock();
-    screen.finish(ended_by.map(|_| LAST_OUTPUT));
-    result
+    if matches!(result, Ok((_, Some(_)))) {
+        // Whoever reads our output may never go on, and who hears of the end is not to wait for it.
+        screen.hurry();
+    }
+    let end = || {
+        owner.shutdown();
+        owner.settle();
+        let result = result.and_then(|(root, signal)| match signal {
+            Some(signal) => Ok(exit_code(128 + signal)),
+            None => outcome(&owner, root),
+        });
+        server.finish();
+        remove_folder(&owner);
+        screen.finish();
+        result
+    };
+    unless_signal(&signals, || screen.hurry(), end).0
 }
 
-/// Starts the machine. A signal ends it; then its number is there, too.
-fn start_unless(
+/// Does `work`. If a signal comes meanwhile, its number is there, too, and `haste` was called.
+fn unless_signal<T>(
     signals: &Signals,
-    owner: &Owner,
-    config: InstanceConfig,
-) -> (Result<Uuid, CliError>, Option<i32>) {
-    let Ok((over, starting)) = std::io::pipe() else { return (start(owner, config), None) };
+    haste: impl FnOnce() + Send,
+    work: impl FnOnce() -> T,
+) -> (T, Option<i32>) {
+    let Ok((over, working)) = std::io::pipe() else { return (work(), None) };
     std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            let signal = signals.wait_or_hang_up(over);
-            // The one that starts learns of its end.
-            signal.inspect(|_| owner.shutdown())
-        });
+        let watcher = scope.spawn(|| signals.wait_or_hang_up(over).inspect(|_| haste()));
         // On this thread: an instance ends with the one that started it.
-        let started = start(owner, config);
-        drop(starting);
-        (started, watcher.join().unwrap_or(None))
+        let done = work();
+        drop(working);
+        (done, watcher.join().unwrap_or(None))
     })
 }
 

@@ -2,10 +2,11 @@
 //! reads for a while, is no reason to leave instances without answers.
 
 use std::io::{Write, stderr, stdout};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use runtime::proto::Event;
 use runtime::sys::SysError;
@@ -13,11 +14,13 @@ use uuid::Uuid;
 
 use super::console::{Console, Format};
 
-/// How much may wait to be shown. Who has more to say waits, and with it all instances: nothing is
-/// left out.
+/// How many events may wait to be shown. Who has more to say waits, and with it all instances: nothing
+/// is left out.
 const WAITING: usize = 4096;
 
-/// Between two looks whether everything is shown.
+/// How long output may take to be shown at the end, if somebody is in a hurry.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// Between two looks whether there is room, or everything is shown.
 const LOOK: Duration = Duration::from_millis(2);
 
 #[derive(Debug)]
@@ -30,7 +33,11 @@ enum Shown {
 /// Where instances' output goes, for any thread.
 #[derive(Debug)]
 pub struct Screen {
-    queue: SyncSender<Shown>,
+    queue: Sender<Shown>,
+    /// Events in it.
+    waiting: Arc<AtomicUsize>,
+    /// What finds no room is left out.
+    hurried: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -49,16 +56,30 @@ impl Screen {
         notes: impl Write + Send + 'static,
         format: Format,
     ) -> Result<Self, SysError> {
-        let (queue, shown) = sync_channel(WAITING);
+        let (queue, shown) = channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let left = waiting.clone();
         let thread = std::thread::Builder::new()
             .name("screen".into())
-            .spawn(move || show(&shown, Console::new(out, notes, format)))
+            .spawn(move || show(&shown, &left, Console::new(out, notes, format)))
             .map_err(|source| SysError { call: "starting the thread of the screen", source })?;
-        Ok(Self { queue, thread: Mutex::new(Some(thread)) })
+        Ok(Self {
+            queue,
+            waiting,
+            hurried: AtomicBool::new(false),
+            thread: Mutex::new(Some(thread)),
+        })
     }
 
     /// Shows what `uuid` said.
     pub fn event(&self, uuid: Uuid, event: &Event) {
+        while self.waiting.load(Ordering::SeqCst) >= WAITING {
+            if self.hurried.load(Ordering::SeqCst) {
+                return;
+            }
+            std::thread::sleep(LOOK);
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
         self.show(Shown::Event(uuid, Box::new(event.clone())));
     }
 
@@ -67,21 +88,23 @@ impl Screen {
         self.show(Shown::Note(text.to_owned()));
     }
 
-    /// Returns when everything is shown, within `limit` if there is one. What comes later is not.
-    pub fn finish(&self, limit: Option<Duration>) {
+    /// Nobody waits any more for what there is no room for: it is left out.
+    pub fn hurry(&self) {
+        self.hurried.store(true, Ordering::SeqCst);
+    }
+
+    /// Returns when everything is shown, or soon after [`Screen::hurry`]. What comes later is not.
+    pub fn finish(&self) {
         let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return;
         };
-        let Some(limit) = limit else {
-            self.show(Shown::End);
-            return thread.join().unwrap_or(());
-        };
-        let end = Instant::now() + limit;
-        let mut told = false;
-        while !thread.is_finished() && Instant::now() < end {
-            // It may be full.
-            told = told || self.queue.try_send(Shown::End).is_ok();
+        self.show(Shown::End);
+        let mut hurried = Duration::ZERO;
+        while !thread.is_finished() && hurried < LAST_OUTPUT {
             std::thread::sleep(LOOK);
+            if self.hurried.load(Ordering::SeqCst) {
+                hurried += LOOK;
+            }
         }
     }
 
@@ -93,14 +116,21 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        self.finish(None);
+        self.finish();
     }
 }
 
-fn show<Out: Write, Notes: Write>(shown: &Receiver<Shown>, mut console: Console<Out, Notes>) {
+fn show<Out: Write, Notes: Write>(
+    shown: &Receiver<Shown>,
+    waiting: &AtomicUsize,
+    mut console: Console<Out, Notes>,
+) {
     for what in shown {
         match what {
-            Shown::Event(uuid, event) => console.event(uuid, &event),
+            Shown::Event(uuid, event) => {
+                console.event(uuid, &event);
+                waiting.fetch_sub(1, Ordering::SeqCst);
+            }
             Shown::Note(text) => console.note(&text),
             Shown::End => break,
         }
@@ -111,6 +141,7 @@ fn show<Out: Write, Notes: Write>(shown: &Receiver<Shown>, mut console: Console<
 #[cfg(test)]
 mod tests {
     use std::io::{Read, pipe};
+    use std::time::Instant;
 
     use super::*;
 
@@ -126,20 +157,24 @@ mod tests {
             let mut all = Vec::new();
             reader.read_to_end(&mut all).map(|_| all.len())
         });
-        screen.finish(None);
+        screen.finish();
         assert_eq!(reader.join().expect("no panic").expect("readable"), 1_000_000);
     }
 
     /// A pipe that nobody reads is no reason to stay.
     #[test]
-    fn an_end_within_a_limit_comes() {
+    fn in_a_hurry_the_end_comes() {
         let (reader, writer) = pipe().expect("a pipe");
         let screen = Screen::on(writer, std::io::sink(), Format::Text).expect("a thread");
         for _ in 0..WAITING {
             screen.event(Uuid::nil(), &Event::Console { bytes: vec![b'x'; 1000] });
         }
         let begin = Instant::now();
-        screen.finish(Some(Duration::from_millis(50)));
+        screen.hurry();
+        for _ in 0..WAITING {
+            screen.event(Uuid::nil(), &Event::Console { bytes: vec![b'x'; 1000] });
+        }
+        screen.finish();
         assert!(begin.elapsed() < Duration::from_secs(5));
         drop(reader);
     }

@@ -14,7 +14,6 @@ const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 #[derive(Debug)]
 pub struct Signals {
     file: OwnedFd,
-    set: libc::sigset_t,
 }
 
 impl Signals {
@@ -48,14 +47,7 @@ impl Signals {
         }
         // SAFETY: a new descriptor that nobody else owns.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { file, set })
-    }
-
-    /// Lets them do again what they do: end the process, if this thread is still there.
-    pub fn unblock(&self) {
-        let old = std::ptr::null_mut();
-        // SAFETY: a valid set; the old mask is not asked for. It cannot fail for a set.
-        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, old) };
+        Ok(Self { file })
     }
 
     /// Waits for a signal for so long; returns its number.

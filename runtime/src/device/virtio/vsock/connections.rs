@@ -57,8 +57,8 @@ pub struct Connections {
 impl Connections {
     /// None, of an instance whose sockets lie at `address`. Ports of ours begin at another place in
     /// each: a child's guest may still know connections of its parent, tells connections apart by port
-    /// and the other end's context id alone (`__vsock_find_connected_socket` in
-    /// net/vmw_vsock/af_vsock.c, Linux 6.1), and answers a request by an old one's port with RST.
+    /// and the other end's context id alone (`__vsock_find_connected_socket` in Linux's
+    /// `net/vmw_vsock/af_vsock.c`, 6.1), and answers a request by an old one's port with RST.
     #[must_use]
     pub fn new(address: Address, cid: u32) -> Self {
         Self {
