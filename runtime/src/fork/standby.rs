@@ -164,7 +164,8 @@ fn prepare_with(
     if let Some(image) = image {
         instance.keep_sealed(image);
     }
-    let crew = Crew::new(applier, Reserve::new(link.header().reserve()));
+    let crew =
+        Crew::new(applier, Reserve::new(link.header().reserve(), link::MAX_RESERVE as usize));
     let shared = Arc::new(Shared::new(instance.clone(), link.clone(), slot, base, crew));
     let line = line.take().ok_or_else(|| failed(ForkCause::Died))?;
     instance.start_control(Some(Cradle { standby: shared.clone(), line }), None).map_err(failed)?;

@@ -32,10 +32,12 @@ unsafe impl Send for Area {}
 unsafe impl Sync for Area {}
 
 impl Reserve {
-    /// Takes so many pages from the kernel; none if it has too few.
+    /// Takes so many pages from the kernel, of at most `most`; none if it has too few.
     #[must_use]
-    pub fn new(pages: usize) -> Self {
-        Self { area: Area::new(pages * PAGE), spent: AtomicBool::new(false) }
+    pub fn new(pages: usize, most: usize) -> Self {
+        let area = Area::new(most * PAGE);
+        let taken = area.as_ref().is_some_and(|area| area.take(pages.min(most) * PAGE));
+        Self { area, spent: AtomicBool::new(!taken) }
     }
 
     /// Gives them back, the first time.
@@ -50,20 +52,24 @@ impl Reserve {
 }
 
 impl Area {
+    /// Addresses alone, as many as there can be pages: processes differ by what they hold, and not by
+    /// their mappings.
     fn new(bytes: usize) -> Option<Self> {
-        if bytes == 0 {
-            return None;
-        }
         let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a fresh anonymous mapping at an address that the kernel picks.
-        let start = unsafe { mmap_anonymous(null_mut(), bytes, protection, MapFlags::PRIVATE) };
+        let start = unsafe { mmap_anonymous(null_mut(), bytes, protection, flags) };
         let area = Self { start: start.ok()?, bytes };
         // Huge pages go to another list.
         // SAFETY: our own mapping; the advice does not change contents.
         unsafe { madvise(area.start, bytes, Advice::LinuxNoHugepage) }.unwrap_or(());
-        // SAFETY: as above.
-        unsafe { madvise(area.start, bytes, Advice::LinuxPopulateWrite) }.ok()?;
         Some(area)
+    }
+
+    /// Takes memory for the first `bytes`; tells whether there is any.
+    fn take(&self, bytes: usize) -> bool {
+        // SAFETY: part of our own mapping; the advice does not change contents.
+        bytes > 0 && unsafe { madvise(self.start, bytes, Advice::LinuxPopulateWrite) }.is_ok()
     }
 }
 
@@ -90,11 +96,12 @@ mod tests {
 
     #[test]
     fn it_has_its_pages_until_it_is_spent() {
-        let reserve = Reserve::new(300);
+        let reserve = Reserve::new(300, 1024);
         assert_eq!(resident(&reserve), 300);
         reserve.spend();
         assert_eq!(resident(&reserve), 0);
         reserve.spend();
-        assert_eq!(resident(&Reserve::new(0)), 0);
+        assert_eq!(resident(&Reserve::new(0, 1024)), 0);
+        assert_eq!(resident(&Reserve::new(2000, 1024)), 1024);
     }
 }

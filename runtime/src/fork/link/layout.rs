@@ -13,7 +13,7 @@ pub const SLOTS: usize = 160;
 /// Most pages that a standby makes private ahead of the fork.
 pub const MAX_HOT: usize = 4096;
 /// Most pages for which a standby has memory put aside.
-const MAX_RESERVE: u32 = 1024;
+pub const MAX_RESERVE: u32 = 1024;
 
 /// States of a slot's futex word.
 pub mod word {

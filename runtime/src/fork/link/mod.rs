@@ -32,7 +32,8 @@ use crate::memory::PAGE;
 use crate::sys::SysError;
 
 pub use layout::{
-    Base, ForkBlock, Header, Identity, MAX_VCPUS, MachineState, SLOTS, Slot, decision, word,
+    Base, ForkBlock, Header, Identity, MAX_RESERVE, MAX_VCPUS, MachineState, SLOTS, Slot, decision,
+    word,
 };
 
 /// The shared memory, mapped.
