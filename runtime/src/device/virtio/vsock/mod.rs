@@ -42,9 +42,8 @@ const BATCH_BYTES: usize = 256 * 1024;
 const FIRST_CID: u32 = 3;
 /// The event that tells that all connections are over.
 const TRANSPORT_RESET: u32 = 0;
-/// How long a guest may take to understand that (below an emulator it was seen to take more than a
-/// second), and how often it is looked whether it has.
-const UNDERSTAND_NS: u64 = 5_000_000_000;
+/// How long a guest may take to understand that, and how often it is looked whether it has.
+const UNDERSTAND_NS: u64 = 1_000_000_000;
 const LOOK_NS: u64 = 2_000_000;
 
 /// What a child's guest knows of its birth.
