@@ -1,14 +1,16 @@
 //! More dirty pages than rings and journal hold, and a parent that writes all the time.
 
 use std::mem::offset_of;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use guest_abi::param::ParamPage;
 use runtime::kvm::DirtyMode;
 use runtime::proto::{InstanceConfig, Request};
+use rustix::process::{Pid, Signal, kill_process};
 use tests::case::Case;
 use tests::census::eventually;
-use tests::program::{Forked, check, dirty, dirty_row, fork, peek, rate};
+use tests::program::{Forked, check, dirty, dirty_row, fork, pause, peek, rate};
 use tests::rig::{PATIENCE, Rig};
 use uuid::Uuid;
 
@@ -39,6 +41,13 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("isolation::forty_thousand_pages_between_forks_bitmap", move || {
             many(of(DirtyMode::Bitmap, 1024, true))
+        }),
+        Case::new("isolation::more_pages_than_the_journal_holds_while_a_fork_waits", move || {
+            slow_zygote(InstanceConfig {
+                vcpus: 2,
+                standbys: 0,
+                ..of(DirtyMode::Bitmap, 1024, true)
+            })
         }),
         Case::new("isolation::the_parent_writes_all_the_time_ring", move || {
             busy(writing(DirtyMode::Ring, 16384), 20_000)
@@ -74,7 +83,9 @@ fn many(config: InstanceConfig) -> Result<()> {
         let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
         ensure!(forked.status == 0, "round {round}: {forked:?}");
         let results = rig.results(forked.child, 0, seq)?;
-        ensure!(results[0] == memory.sum(), "round {round}: the child's memory");
+        let what = format!("round {round}: the child");
+        rig.compare(forked.child, &memory, &what)?;
+        ensure!(results[0] == memory.sum(), "{what} read something else before");
         // In a child, too: its rings are smaller still, and it has no standby.
         rig.run(forked.child, &[dirty_row(PAGES, 100 + round, 0)])?;
         let mut theirs = memory.clone();
@@ -84,6 +95,31 @@ fn many(config: InstanceConfig) -> Result<()> {
         }
         rig.compare(forked.child, &theirs, "the child")?;
         rig.compare(rig.root, &memory, "the root")?;
+        rig.kill_children()?;
+    }
+    Ok(())
+}
+
+/// While a fork waits for the zygote to take in what its own vCPU wrote, another vCPU writes as much
+/// again: the fork waits for that too, and no page is left behind.
+fn slow_zygote(config: InstanceConfig) -> Result<()> {
+    const PAGES: u64 = 20_000;
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    let zygote = Pid::from_raw(rig.zygote()?).context("the zygote")?;
+    for round in 1..=2_u64 {
+        kill_process(zygote, Signal::STOP)?;
+        // Long enough for the fork to begin to wait, and for the others to be written.
+        let late = [pause(300_000), dirty_row(PAGES, round, PAGES)];
+        let late = rig.begin(rig.root, 1, &late)?;
+        let seq = rig.begin(rig.root, 0, &[dirty_row(PAGES, round, 0), fork(1, 10)])?;
+        std::thread::sleep(Duration::from_millis(900));
+        kill_process(zygote, Signal::CONT)?;
+        rig.results(rig.root, 1, late)?;
+        memory.dirty_row(2 * PAGES, round, 0);
+        let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+        ensure!(forked.status == 0, "round {round}: {forked:?}");
+        rig.compare(forked.child, &memory, &format!("round {round}: the child"))?;
         rig.kill_children()?;
     }
     Ok(())
@@ -115,7 +151,7 @@ fn busy(config: InstanceConfig, per_second: u64) -> Result<()> {
         let (generation, seed) = (round * 10, round);
         let writing = rate(rig.ticks(100), generation, seed, per_second, 0);
         let writer = rig.begin(rig.root, 1, &[writing])?;
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
         let children = if round % 2 == 0 {
             rig.branch(rig.root, 1)?
         } else {

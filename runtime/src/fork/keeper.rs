@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::event::{Timespec, epoll};
 use uuid::Uuid;
 
-use super::capture::Copying;
+use super::capture::{Capture, Copying};
 use super::engine::{Engine, Handle, dismiss, hung_up, slot_failure};
 use super::link::{Identity, Link, SLOTS, word};
 use super::report::ForkReport;
@@ -322,13 +322,12 @@ impl Keeper {
         let head = loop {
             let Some(capture) = &mut engine.capture else { return Ok(()) };
             let copying = capture.copy_some(instance.mapping(), link, CHUNK);
-            let head = capture.head();
             if copying == Copying::Done {
-                break head;
+                break capture.head();
             }
             drop(engine);
             if copying == Copying::JournalFull {
-                self.catch_up(instance, head)?;
+                self.catch_up(instance)?;
             }
             engine = instance.engine();
         };
@@ -347,19 +346,24 @@ impl Keeper {
         if waited_for {
             // Until there is room in the journal, a vCPU whose ring is full stands still.
             if !fits {
-                self.catch_up(instance, head)?;
+                self.catch_up(instance)?;
             }
             instance.engine().wants_round = false;
         }
         Ok(())
     }
 
-    /// Waits until every reader has passed `head` and the journal has started again at 0.
-    fn catch_up(&mut self, instance: &Instance, head: u32) -> Result<(), ForkCause> {
+    /// Waits until every reader has passed the journal's end and it has started again at 0.
+    fn catch_up(&mut self, instance: &Instance) -> Result<(), ForkCause> {
         let link = instance.link();
-        self.zygote.sync(head)?;
         let begin = now_ns();
         loop {
+            // Asked for each time: a fork may have put something behind it. And an end from before the
+            // journal last started again is none: readers sent there miss what is put there next.
+            let Some(head) = instance.engine().capture.as_ref().map(Capture::head) else {
+                return Ok(());
+            };
+            self.zygote.sync(head)?;
             let mut engine = instance.engine();
             let mut seen = std::mem::take(&mut self.unreported);
             seen.forks.append(&mut engine.collect(instance));
