@@ -4,13 +4,13 @@ use std::mem::offset_of;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest_abi::param::ParamPage;
+use guest_abi::param::{ParamPage, op};
 use runtime::kvm::DirtyMode;
 use runtime::proto::{InstanceConfig, Request};
 use rustix::process::{Pid, Signal, kill_process};
 use tests::case::Case;
 use tests::census::eventually;
-use tests::program::{Forked, check, dirty, dirty_row, fork, pause, peek, rate};
+use tests::program::{Forked, check, dirty, dirty_row, fork, pause, peek, rate, step};
 use tests::rig::{PATIENCE, Rig};
 use uuid::Uuid;
 
@@ -19,6 +19,7 @@ pub fn cases() -> Vec<Case> {
         memory_mib: 256,
         dirty,
         ring_entries,
+        child_ring_entries: 1024,
         sync,
         ..<_>::default()
     };
@@ -27,6 +28,7 @@ pub fn cases() -> Vec<Case> {
         vcpus: 2,
         dirty,
         ring_entries,
+        child_ring_entries: 1024,
         ..<_>::default()
     };
     vec![
@@ -60,6 +62,15 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("isolation::the_parent_writes_as_fast_as_it_can_small_ring", move || {
             busy(writing(DirtyMode::Ring, 1024), 10_000_000)
+        }),
+        Case::new("isolation::a_child_writes_all_the_time", move || {
+            busy_child(writing(DirtyMode::Ring, 1024), 20_000)
+        }),
+        Case::new("isolation::a_child_writes_as_fast_as_it_can", move || {
+            busy_child(writing(DirtyMode::Ring, 1024), 10_000_000)
+        }),
+        Case::new("isolation::a_child_that_nobody_forks_is_not_followed", move || {
+            unattended(InstanceConfig { memory_mib: 64, ..of(DirtyMode::Ring, 1024, true) })
         }),
         Case::new("forks::three_vcpus_write_as_fast_as_they_can_small_ring", || {
             crowd(DirtyMode::Ring)
@@ -144,41 +155,80 @@ fn written(rig: &Rig, child: Uuid) -> Result<u64> {
 /// The second vCPU writes while the first forks. Where the writer was at the fork, its results tell
 /// in each machine: it goes on there from the same moment.
 fn busy(config: InstanceConfig, per_second: u64) -> Result<()> {
-    const FORKS: u64 = 12;
     let rig = Rig::new(config)?;
+    busy_machine(&rig, rig.root, per_second)
+}
+
+/// The same in a child, which has no standbys: between two forks what it writes is not followed.
+fn busy_child(config: InstanceConfig, per_second: u64) -> Result<()> {
+    let rig = Rig::new(config)?;
+    let child = rig.branch(rig.root, 1)?[0];
+    busy_machine(&rig, child, per_second)
+}
+
+fn busy_machine(rig: &Rig, machine: Uuid, per_second: u64) -> Result<()> {
+    const FORKS: u64 = 12;
     let mut memory = rig.memory();
     for round in 1..=FORKS {
         let (generation, seed) = (round * 10, round);
         let writing = rate(rig.ticks(100), generation, seed, per_second, 0);
-        let writer = rig.begin(rig.root, 1, &[writing])?;
+        let writer = rig.begin(machine, 1, &[writing])?;
         std::thread::sleep(Duration::from_millis(5));
         let children = if round % 2 == 0 {
-            rig.branch(rig.root, 1)?
+            rig.branch(machine, 1)?
         } else {
-            let results = rig.run(rig.root, &[fork(1, 10)])?;
+            let results = rig.run(machine, &[fork(1, 10)])?;
             let forked = Forked::read(&results, 10)?;
             ensure!(forked.status == 0, "round {round}: {forked:?}");
             vec![forked.child]
         };
         for child in &children {
-            let wrote = written(&rig, *child)?;
+            let wrote = written(rig, *child)?;
             let mut theirs = memory.clone();
             theirs.dirty(wrote, generation, seed);
             rig.compare(*child, &theirs, "a child whose writer went on")?;
             rig.kill(*child)?;
         }
-        let wrote = rig.results(rig.root, 1, writer)?[0];
+        let wrote = rig.results(machine, 1, writer)?[0];
         ensure!(wrote > 0, "the writer did not write");
         memory.dirty(wrote, generation, seed);
-        rig.compare(rig.root, &memory, "the root")?;
+        rig.compare(machine, &memory, "the parent")?;
     }
-    rig.owner.ask(rig.root, Request::Sync { on: false })?;
-    rig.run(rig.root, &[dirty(100, 9999, 9)])?;
+    rig.owner.ask(machine, Request::Sync { on: false })?;
+    rig.run(machine, &[dirty(100, 9999, 9)])?;
     memory.dirty(100, 9999, 9);
-    for child in rig.branch(rig.root, 1)? {
+    for child in rig.branch(machine, 1)? {
         rig.compare(child, &memory, "a child of a machine that is not synced any more")?;
     }
     Ok(())
+}
+
+/// A child that writes the same pages again and again pays for them once, and not each time its ring
+/// is full. What it wrote until it is forked after all is in its children nevertheless.
+fn unattended(config: InstanceConfig) -> Result<()> {
+    const PAGES: u64 = 8_000;
+    const PASSES: u64 = 16;
+    let rig = Rig::new(config)?;
+    let mut memory = rig.memory();
+    let child = rig.branch(rig.root, 1)?[0];
+    for round in 1..=3_u64 {
+        let first = round * 2_000;
+        let passes = step(op::WORK, 0, [first, PAGES, PASSES, 0]);
+        let ticks = rig.run(child, &[passes])?;
+        (0..PASSES).for_each(|_| memory.work(first, PAGES));
+        ensure!(ticks[1] < 4 * ticks[0], "ticks of one pass and of {PASSES}: {:?}", &ticks[..2]);
+        for grandchild in rig.branch(child, 1)? {
+            rig.compare(grandchild, &memory, &format!("round {round}: a grandchild"))?;
+        }
+        // Few pages, which are logged, and again without a standby.
+        rig.run(child, &[dirty(100, round, round)])?;
+        memory.dirty(100, round, round);
+        for grandchild in rig.branch(child, 1)? {
+            rig.compare(grandchild, &memory, &format!("round {round}: another grandchild"))?;
+        }
+        rig.compare(child, &memory, "the child")?;
+    }
+    rig.compare(rig.root, &rig.memory(), "the root")
 }
 
 /// What they write between the look at what is dirty and their stop finds room: a fork waits for it,

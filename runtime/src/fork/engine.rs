@@ -63,6 +63,8 @@ pub struct Engine {
     pub(super) base: Base,
     /// Standbys that a waiting fork needs.
     pub(super) wanted: usize,
+    /// No standbys are to be kept or being made.
+    pub(super) unattended: bool,
     /// More is dirty than fits into the journal: a fork waits for a sync round.
     pub(super) wants_round: bool,
     /// Standbys that could not be made so far, and why the last could not.
@@ -87,6 +89,7 @@ impl Engine {
             flights: Vec::new(),
             base,
             wanted: 0,
+            unattended: false,
             wants_round: false,
             prewarm_failures: (0, None),
             last_failure: None,
@@ -161,7 +164,7 @@ impl Engine {
                 capture
                     .harvest(instance.machine(), instance.ram())
                     .map_err(ForkError::at(Step::Take))?;
-                capture.fits(link, vcpu)
+                !capture.is_loose() && capture.fits(link, vcpu)
             }
             None => false,
         };
@@ -261,6 +264,26 @@ impl Engine {
 
     pub(super) fn flight_slots(&self) -> impl Iterator<Item = usize> + '_ {
         self.flights.last().into_iter().flat_map(|flight| flight.handles.iter().map(|it| it.slot))
+    }
+
+    /// Has the next sync round find all that is written from now on, if the log was left loose: stops
+    /// all vCPUs for it.
+    ///
+    /// # Errors
+    ///
+    /// If they do not stop, and what `KVM_SET_USER_MEMORY_REGION` says.
+    pub(super) fn tighten(&mut self, instance: &Instance) -> Result<(), ForkCause> {
+        match &mut self.capture {
+            Some(capture) if capture.is_loose() => {
+                let stopped = instance.gate().stop(None, path::QUIESCE);
+                let waited_ms = u64::try_from(path::QUIESCE.as_millis()).unwrap_or(u64::MAX);
+                let stopped = stopped.ok_or(ForkCause::Timeout { waited_ms })?;
+                let tight = capture.tighten(instance.machine(), instance.mapping());
+                drop(stopped);
+                tight
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Captures every dirty page and publishes the journal's end.
@@ -364,6 +387,9 @@ impl Engine {
             return Ok(false);
         }
         match (&mut self.capture, &mut self.log) {
+            (Some(capture), _) if self.unattended && self.ready.is_empty() && self.wanted == 0 => {
+                capture.loosen(instance.machine(), instance.ram())?;
+            }
             (Some(capture), _) => {
                 capture.begin_round(instance.machine(), instance.ram())?;
             }

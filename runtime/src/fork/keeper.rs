@@ -174,6 +174,7 @@ impl Keeper {
         let armed = engine.start_capture(instance);
         self.receive(link, &mut engine, &mut tick);
         let lacking = self.lacking(&engine);
+        engine.unattended = self.target == 0 && lacking == 0 && self.preparing.is_empty();
         let wanted_round = engine.wants_round;
         drop(engine);
         if armed && let Err(error) = self.keep_or_raise(instance, lacking) {
@@ -274,6 +275,7 @@ impl Keeper {
             dismiss(&handle.line);
             self.leaving.push(handle);
         }
+        engine.tighten(instance)?;
         let Some(capture) = &mut engine.capture else { return Err(ForkCause::ZygoteGone) };
         // First the reset, then the list: a page that becomes private in between is logged.
         capture.begin_round(instance.machine(), instance.ram())?;
@@ -316,6 +318,7 @@ impl Keeper {
         let link = instance.link();
         let begin = now_ns();
         let mut engine = instance.engine();
+        engine.tighten(instance)?;
         let Some(capture) = &mut engine.capture else { return Ok(()) };
         let pages = capture.begin_round(instance.machine(), instance.ram())?;
         self.learn(link, capture.last_round(), pages);

@@ -15,7 +15,7 @@ use crate::kvm::{KvmError, Vcpu};
 use crate::sys::{current_cpu, futex_wait, futex_wake, now_ns, set_affinity_of};
 
 /// How long the other vCPUs may take to leave the guest.
-const QUIESCE: Duration = Duration::from_secs(1);
+pub(super) const QUIESCE: Duration = Duration::from_secs(1);
 /// How long the parent waits for its children's consent.
 const OUTCOME_NS: u64 = 12_000_000_000;
 /// How long it spins for it first: a quiet fork is over by then.

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Between harvest and reset a page is writable without being logged again: whoever harvests keeps
-//! such pages and copies them at every capture until the reset.
+//! such pages and copies them at every capture until the reset. A ring that is full can also be given
+//! back without it ([`DirtyLog::release`]).
 #![expect(
     unsafe_code,
     reason = "the ring is memory shared with the kernel; two ioctls are not wrapped"
@@ -53,6 +54,10 @@ struct Gfn {
 const DIRTY: u32 = 1;
 const RESET: u32 = 2;
 
+/// Names no page: KVM passes over such an entry when it resets, as it has to over whatever may stand
+/// in memory that is shared (`kvm_reset_dirty_gfn`).
+const NO_SLOT: u32 = u32::MAX;
+
 /// One vCPU's ring, mapped.
 #[derive(Debug)]
 struct Ring {
@@ -95,12 +100,25 @@ impl Ring {
         self.count.saturating_sub(self.next.wrapping_sub(self.given_back))
     }
 
+    fn entry(&self, index: u32) -> &Gfn {
+        // SAFETY: the index is below the number of mapped entries.
+        let entry = unsafe { self.entries.add((index % self.count) as usize) };
+        // SAFETY: mapped and aligned; the kernel shares it, so it has only atomics.
+        unsafe { entry.as_ref() }
+    }
+
+    /// What was taken and not given back names no page any more.
+    fn blank(&self) {
+        let mut index = self.given_back;
+        while index != self.next {
+            self.entry(index).slot.store(NO_SLOT, Ordering::Relaxed);
+            index = index.wrapping_add(1);
+        }
+    }
+
     /// Takes the next logged page.
     fn take(&mut self) -> Option<(u32, u64)> {
-        // SAFETY: the index is below the number of mapped entries.
-        let entry = unsafe { self.entries.add((self.next % self.count) as usize) };
-        // SAFETY: mapped and aligned; the kernel shares it, so it has only atomics.
-        let entry = unsafe { entry.as_ref() };
+        let entry = self.entry(self.next);
         if entry.flags.load(Ordering::Acquire) & DIRTY == 0 {
             return None;
         }
@@ -203,6 +221,19 @@ impl DirtyLog {
             }
             Source::Bitmap { .. } => 0,
         }
+    }
+
+    /// Makes room in the rings, and leaves all harvested pages writable and not logged: neither a later
+    /// reset does anything about them. Only switching the log off and on again does
+    /// ([`Machine::track`](super::Machine::track)). The bitmap is never full: nothing to be done.
+    ///
+    /// # Errors
+    ///
+    /// As [`DirtyLog::reset`].
+    pub fn release(&mut self, vm: &VmFd) -> Result<(), KvmError> {
+        let Source::Ring(rings) = &self.source else { return Ok(()) };
+        rings.iter().for_each(Ring::blank);
+        self.reset(vm)
     }
 
     /// Write-protects all harvested pages again. When it returns, a write to any of them is logged.
