@@ -9,6 +9,7 @@
 use super::step::ForkCause;
 use crate::instance::Instance;
 use crate::kvm::{Vcpu, VcpuState, VmState};
+use crate::memory::BackingKind;
 use crate::sys::{self, KickTimer};
 
 /// How long a rehearsal may run. A guest that computes without leaving is stopped here.
@@ -61,6 +62,14 @@ pub(super) fn roll_back(instance: &Instance, base: &VmState) -> Result<Vec<u32>,
     let ranges: Vec<_> = pages.iter().map(|page| instance.mapping().iovec(*page)).collect();
     let zygote = instance.zygote_pid().ok_or(ForkCause::ZygoteGone)?;
     // SAFETY: pages of our own mapping; no vCPU runs and no device is alive yet.
-    unsafe { sys::copy_from_twin(zygote, &ranges) }?;
-    Ok(pages)
+    match unsafe { sys::copy_from_twin(zygote, &ranges) } {
+        // The kernel found no page of ours to copy to.
+        Err(error)
+            if instance.mapping().kind() == BackingKind::Hugetlb
+                && error.source.kind() == std::io::ErrorKind::UnexpectedEof =>
+        {
+            Err(ForkCause::PoolEmpty)
+        }
+        copied => Ok(copied.map(|()| pages)?),
+    }
 }
