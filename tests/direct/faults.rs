@@ -6,12 +6,13 @@ use runtime::owner::OwnerError;
 use runtime::proto::{InstanceConfig, Request};
 use rustix::process::{Pid, Signal};
 use tests::case::Case;
-use tests::program::{Forked, dirty, fork};
+use tests::program::{Forked, dirty, dirty_row, fork};
 use tests::rig::Rig;
 
 const EIO: u32 = 5;
 const ECHILD: u32 = 10;
 const ENOMEM: u32 = 12;
+const ETIMEDOUT: u32 = 110;
 
 /// Steps that run in a standby, where they can be made to die.
 const IN_STANDBY: [Step; 5] =
@@ -39,6 +40,11 @@ pub fn cases() -> Vec<Case> {
     cases.push(Case::new("faults::the_guest_tries_again_at_once", again_at_once));
     cases.push(Case::new("faults::the_zygote_is_killed", zygote_killed));
     cases.push(Case::new("faults::a_parked_standby_is_killed", standby_killed));
+    cases.push(Case::new("faults::a_stopped_standby_costs_one_fork", standby_stopped));
+    cases.push(Case::new(
+        "faults::a_stopped_standby_does_not_fill_the_journal",
+        standby_stopped_behind,
+    ));
     cases.push(Case::new("faults::a_fault_taken_back_does_nothing", taken_back));
     cases
 }
@@ -278,6 +284,50 @@ fn standby_killed() -> Result<()> {
         rig.settles_at(before, "after killing standbys")?;
     }
     Ok(())
+}
+
+/// It neither answers nor ends: the fork that took it fails when its time is over, and it is killed, for
+/// the next fork cannot be made while it may still look at that one.
+fn standby_stopped() -> Result<()> {
+    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    works(&rig, 1)?;
+    rig.standbys(1)?;
+    let before = rig.census()?;
+    stop_standby(&rig)?;
+    let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
+    let named = forked.step().with_context(|| format!("no step: {forked:?}"))?;
+    ensure!(forked.status == ETIMEDOUT && forked.registers, "{}: {forked:?}", named.name());
+    // Nobody lets it go on.
+    works(&rig, 1)?;
+    rig.standbys(1)?;
+    rig.settles_at(before, "after a standby was stopped")
+}
+
+/// More is dirty than the journal holds, and one of its readers does not read on: it is given up.
+fn standby_stopped_behind() -> Result<()> {
+    const PAGES: u64 = 10_000;
+    let rig = Rig::new(InstanceConfig { memory_mib: 64, ring_entries: 1024, ..<_>::default() })?;
+    works(&rig, 1)?;
+    rig.standbys(1)?;
+    stop_standby(&rig)?;
+    let seq = rig.begin(rig.root, 0, &[dirty_row(PAGES, 9, 0), fork(1, 10)])?;
+    let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
+    let named = forked.step().with_context(|| format!("no step: {forked:?}"))?;
+    ensure!(forked.status == ETIMEDOUT && forked.registers, "{}: {forked:?}", named.name());
+    let mut memory = rig.memory();
+    rig.run(rig.root, &[tests::program::fill(tests::rig::SEED), dirty_row(PAGES, 8, 0)])?;
+    memory.dirty_row(PAGES, 8, 0);
+    for child in rig.branch(rig.root, 1)? {
+        rig.compare(child, &memory, "a child of the next fork")?;
+    }
+    Ok(())
+}
+
+fn stop_standby(rig: &Rig) -> Result<()> {
+    let zygote = rig.zygote()?;
+    let standby = rig.processes().into_iter().find(|it| it.parent == zygote && !it.zombie);
+    let standby = standby.and_then(|it| Pid::from_raw(it.pid)).context("no standby")?;
+    Ok(rustix::process::kill_process(standby, Signal::STOP)?)
 }
 
 /// Negative control for all of the above.

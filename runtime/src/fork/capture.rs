@@ -36,6 +36,8 @@ pub struct Capture {
     head: u32,
     /// Open pages are writable until the log is switched off and on again.
     loose: bool,
+    /// It could not be switched on again: the guest has written what nobody knows of.
+    unlogged: bool,
     /// Pages of the last round, to tell which are written again and again.
     last: Vec<u32>,
 }
@@ -96,7 +98,7 @@ impl Capture {
             set.insert(*page);
         }
         let stale = PageSet::new(pages, link.capacity());
-        Self { log, open: set, stale, head: 0, loose: false, last: Vec::new() }
+        Self { log, open: set, stale, head: 0, loose: false, unlogged: false, last: Vec::new() }
     }
 
     /// End of the journal.
@@ -168,7 +170,7 @@ impl Capture {
     }
 
     /// First half of a sync round: write-protects all open pages and lists them for copying.
-    /// Returns their number.
+    /// Returns their number. If not all could be, they stay open and the log is loose.
     ///
     /// # Errors
     ///
@@ -176,8 +178,9 @@ impl Capture {
     pub fn begin_round(&mut self, machine: &Machine, ram: &GuestRam) -> Result<usize, ForkCause> {
         self.harvest(machine, ram)?;
         let pages = self.open.list.len();
-        if pages > 0 {
-            self.log.reset(machine.vm())?;
+        if (pages > 0 || self.log.holds_entries()) && !self.log.reset(machine.vm())? {
+            self.loose = true;
+        } else if pages > 0 {
             self.last.clear();
             self.last.extend_from_slice(&self.open.list);
             for page in &self.open.list {
@@ -213,11 +216,24 @@ impl Capture {
     ///
     /// # Errors
     ///
-    /// What `KVM_SET_USER_MEMORY_REGION` says. The log is as loose as before.
-    pub fn tighten(&mut self, machine: &Machine, mapping: &Mapping) -> Result<(), ForkCause> {
+    /// What `KVM_SET_USER_MEMORY_REGION` says. The log is loose still, and may be off: the next time
+    /// every page of this process is taken for changed.
+    pub fn tighten(
+        &mut self,
+        machine: &Machine,
+        ram: &GuestRam,
+        mapping: &Mapping,
+    ) -> Result<(), ForkCause> {
+        // KVM forgets a bitmap.
+        self.harvest(machine, ram)?;
+        let before = self.unlogged;
+        self.unlogged = true;
         machine.track(mapping, false)?;
         machine.track(mapping, true)?;
-        self.loose = false;
+        if before {
+            self.add_stale(mapping.private_pages()?.into_iter());
+        }
+        (self.loose, self.unlogged) = (false, false);
         Ok(())
     }
 

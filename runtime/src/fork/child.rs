@@ -60,7 +60,9 @@ impl Standby {
         shared.signal(&shared.captured);
         self.restore(&mut vcpu)?;
         slot.stamps.stamp(Moment::Restored);
-        let (rang, first_run_us) = (shared.rang(0), shared.first_run_us(urgent));
+        let rang = shared.rang(0);
+        // Only one that rang is about to read the answer. What it begins with is known when it is back.
+        let first_run_us = shared.first_run_us(urgent && rang);
         slot.applied.store(applied.pages, Ordering::Relaxed);
         slot.applied_private.store(applied.private, Ordering::Relaxed);
         slot.applied_helped.store(applied.helped, Ordering::Relaxed);

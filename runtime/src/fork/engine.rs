@@ -278,7 +278,7 @@ impl Engine {
                 let stopped = instance.gate().stop(None, path::QUIESCE);
                 let waited_ms = u64::try_from(path::QUIESCE.as_millis()).unwrap_or(u64::MAX);
                 let stopped = stopped.ok_or(ForkCause::Timeout { waited_ms })?;
-                let tight = capture.tighten(instance.machine(), instance.mapping());
+                let tight = capture.tighten(instance.machine(), instance.ram(), instance.mapping());
                 drop(stopped);
                 tight
             }
@@ -386,8 +386,11 @@ impl Engine {
         if self.wants_round {
             return Ok(false);
         }
+        // A fork that is not decided has a vCPU that nobody can stop, which the next round would have to.
+        let loosely =
+            self.unattended && self.ready.is_empty() && self.wanted == 0 && !self.undecided();
         match (&mut self.capture, &mut self.log) {
-            (Some(capture), _) if self.unattended && self.ready.is_empty() && self.wanted == 0 => {
+            (Some(capture), _) if loosely || capture.is_loose() => {
                 capture.loosen(instance.machine(), instance.ram())?;
             }
             (Some(capture), _) => {
@@ -563,7 +566,7 @@ pub(super) fn hung_up(line: &OwnedFd) -> bool {
 
 /// Kills the standby whose first thread is `tid`, if the process at the other end of `line` is still
 /// there. It is not our child, so its number is of use only as long as it is.
-fn kill_leader(tid: u32, line: &OwnedFd) {
+pub(super) fn kill_leader(tid: u32, line: &OwnedFd) {
     let pid = rustix::process::Pid::from_raw(tid.cast_signed());
     let process = pid.map(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
     if let Some(Ok(process)) = process

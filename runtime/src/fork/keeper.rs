@@ -15,7 +15,7 @@ use rustix::event::{Timespec, epoll};
 use uuid::Uuid;
 
 use super::capture::{Capture, Copying};
-use super::engine::{Engine, Handle, dismiss, hung_up, slot_failure};
+use super::engine::{Engine, Handle, dismiss, hung_up, kill_leader, slot_failure};
 use super::link::{Identity, Link, SLOTS, word};
 use super::report::ForkReport;
 use super::step::{ForkCause, ForkError, Step};
@@ -381,9 +381,30 @@ impl Keeper {
             }
             let waited_ms = (now_ns() - begin) / 1_000_000;
             if waited_ms > CATCH_UP_MS {
+                self.drop_deaf(instance, head);
                 return Err(ForkCause::Timeout { waited_ms });
             }
             std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Ends standbys that have not read as far as `head`, or have not become ready: who is stopped or
+    /// frozen would hold up every round to come.
+    fn drop_deaf(&mut self, instance: &Instance, head: u32) {
+        let link = instance.link();
+        let mut engine = instance.engine();
+        let behind = |handle: &mut Handle| {
+            let slot = link.slot(handle.slot);
+            slot.word.load(Ordering::Acquire) != word::PARKED
+                || slot.tail.load(Ordering::Acquire) != head
+        };
+        let deaf: Vec<_> = engine.ready.extract_if(.., behind).collect();
+        for handle in &deaf {
+            kill_leader(link.slot(handle.slot).tid.load(Ordering::Relaxed), &handle.line);
+        }
+        for handle in deaf.into_iter().chain(self.preparing.drain(..)) {
+            dismiss(&handle.line);
+            self.leaving.push(handle);
         }
     }
 

@@ -145,8 +145,15 @@ fn capture_state(
 ) -> Result<(), KvmError> {
     instance.link().write_fork(|state| {
         let own = vcpu.as_ref().map(|vcpu| vcpu.index() as usize);
+        // Who stops after another one may have sent it an interrupt that what it saved does not show.
+        // With two, the one that rang the doorbell was out of the guest before the other stopped.
+        let rang_alone = own.is_some() && instance.vcpus() == 2;
         for index in (0..instance.vcpus()).filter(|index| Some(*index) != own) {
-            instance.gate().with_saved(index, |saved| state.vcpus[index].copy_from(saved));
+            let gate = instance.gate();
+            gate.with_saved(index, |saved| state.vcpus[index].copy_from(saved));
+            if !rang_alone || gate.is_held(index) {
+                instance.machine().save_lapic_again(index, &mut state.vcpus[index])?;
+            }
         }
         if let Some(vcpu) = vcpu {
             vcpu.save_most(&mut state.vcpus[vcpu.index() as usize])?;

@@ -164,6 +164,12 @@ impl Gate {
         f(&mut saved)
     }
 
+    /// Whether vCPU `index`, which is stopped, had saved its state before anybody wanted to stop it.
+    #[must_use]
+    pub fn is_held(&self, index: usize) -> bool {
+        self.vcpus[index].state.load(Ordering::SeqCst) == HELD
+    }
+
     /// Stops at the closed gate. The state has been saved.
     pub fn stop_here(&self, index: usize) {
         let seat = &self.vcpus[index];
@@ -268,7 +274,8 @@ impl Gate {
                 return Some(stopped);
             }
             let waited = now_ns() - begin;
-            if waited > limit {
+            // Threads that are ending do not stop any more.
+            if waited > limit || self.quitting() {
                 return None;
             }
             if waited > SPIN_NS {

@@ -54,6 +54,8 @@ struct Gfn {
 const DIRTY: u32 = 1;
 const RESET: u32 = 2;
 
+/// Calls that a reset may take: each is cut short by a signal, and a signal that comes is gone then.
+const MOST_RESETS: u32 = 1000;
 /// Names no page: KVM passes over such an entry when it resets, as it has to over whatever may stand
 /// in memory that is shared (`kvm_reset_dirty_gfn`).
 const NO_SLOT: u32 = u32::MAX;
@@ -95,9 +97,14 @@ impl Ring {
         Ok(Self { entries, count, next: 0, given_back: 0 })
     }
 
+    /// Entries that were taken and not given back.
+    fn held(&self) -> u32 {
+        self.next.wrapping_sub(self.given_back)
+    }
+
     /// Entries that the kernel can still write.
     fn free(&self) -> u32 {
-        self.count.saturating_sub(self.next.wrapping_sub(self.given_back))
+        self.count.saturating_sub(self.held())
     }
 
     fn entry(&self, index: u32) -> &Gfn {
@@ -233,35 +240,57 @@ impl DirtyLog {
     pub fn release(&mut self, vm: &VmFd) -> Result<(), KvmError> {
         let Source::Ring(rings) = &self.source else { return Ok(()) };
         rings.iter().for_each(Ring::blank);
-        self.reset(vm)
+        self.reset(vm).map(drop)
     }
 
-    /// Write-protects all harvested pages again. When it returns, a write to any of them is logged.
+    /// Whether there is anything for [`DirtyLog::reset`] to give back to KVM.
+    #[must_use]
+    pub fn holds_entries(&self) -> bool {
+        match &self.source {
+            Source::Ring(rings) => rings.iter().any(|ring| ring.held() > 0),
+            Source::Bitmap { .. } => false,
+        }
+    }
+
+    /// Write-protects all harvested pages again. When it returns true, a write to any of them is
+    /// logged. Otherwise a signal has come in between, and some of them may have stayed writable: KVM
+    /// gives up what it has gathered then (since Linux 6.16).
     ///
     /// # Errors
     ///
     /// What `KVM_RESET_DIRTY_RINGS` or `KVM_CLEAR_DIRTY_LOG` says.
-    pub fn reset(&mut self, vm: &VmFd) -> Result<(), KvmError> {
+    pub fn reset(&mut self, vm: &VmFd) -> Result<bool, KvmError> {
         // The flags set by `take` must be visible before the kernel looks for them.
         fence(Ordering::SeqCst);
         match &mut self.source {
             Source::Ring(rings) => {
-                // SAFETY: no argument.
-                let result = timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) });
-                if result < 0 {
-                    return Err(last("KVM_RESET_DIRTY_RINGS"));
+                let held: u64 = rings.iter().map(|ring| u64::from(ring.held())).sum();
+                let (mut given_back, mut calls) = (0, 0);
+                while calls == 0 || given_back < held && calls < MOST_RESETS {
+                    // SAFETY: no argument.
+                    let result =
+                        timed(|| unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS, 0) });
+                    if result < 0 {
+                        return Err(last("KVM_RESET_DIRTY_RINGS"));
+                    }
+                    given_back += u64::from(result.unsigned_abs());
+                    calls += 1;
+                }
+                if given_back < held {
+                    let source = std::io::ErrorKind::Interrupted.into();
+                    return Err(KvmError::Ioctl { name: "KVM_RESET_DIRTY_RINGS", source });
                 }
                 for ring in rings {
                     ring.given_back = ring.next;
                 }
-                Ok(())
+                Ok(calls == 1)
             }
             Source::Bitmap { pending, .. } => {
                 for ((slot, range), map) in (0_u32..).zip(self.layout.ranges()).zip(pending) {
                     clear_dirty_log(vm, slot, range.len / PAGE as u64, map)?;
                     map.fill(0);
                 }
-                Ok(())
+                Ok(true)
             }
         }
     }

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "a memslot hands a mapping to KVM")]
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
@@ -14,10 +15,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::calls::timed;
 use super::statistics::Statistics;
-use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu};
+use super::{DirtyLog, DirtyMode, Host, KvmError, Vcpu, VcpuState};
 use crate::memory::{Mapping, RamLayout};
 use crate::sys::now_ns;
 
+/// `_IOR(KVMIO, 0x8e, struct kvm_lapic_state)`.
+const GET_LAPIC: libc::c_ulong = 0x8400_ae8e;
 /// `KVM_CLOCK_REALTIME` (Linux 5.16): the pair of guest clock and host wall clock is exact.
 const CLOCK_REALTIME: u32 = 1 << 2;
 /// Three pages that KVM needs on Intel, in the hole below 4 GiB.
@@ -43,6 +46,8 @@ pub struct Machine {
     config: MachineConfig,
     /// Of each vCPU.
     statistics: Vec<Statistics>,
+    /// Each vCPU, if there are several.
+    vcpus: Vec<OwnedFd>,
 }
 
 /// State of a machine outside its vCPUs, as plain data.
@@ -123,7 +128,7 @@ impl Machine {
             let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..<_>::default() };
             timed(|| vm.enable_cap(&cap)).map_err(KvmError::ioctl("KVM_ENABLE_CAP"))?;
         }
-        let mut machine = Self { vm, config, statistics: Vec::new() };
+        let mut machine = Self { vm, config, statistics: Vec::new(), vcpus: Vec::new() };
         machine.set_memslots(mapping, track)?;
         for (address, bell) in bells {
             let address = IoEventAddress::Mmio(address);
@@ -136,6 +141,13 @@ impl Machine {
             let fd = timed(|| machine.vm.create_vcpu(u64::from(index)))
                 .map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
             machine.statistics.extend(Statistics::of(&fd));
+            if config.vcpus > 1 {
+                // SAFETY: the descriptor is open as long as `fd` is.
+                let vcpu = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+                machine.vcpus.push(vcpu.try_clone_to_owned().map_err(|source| {
+                    KvmError::Ioctl { name: "another descriptor of a vCPU", source }
+                })?);
+            }
             vcpus.push(Vcpu::new(host, fd, index)?);
         }
         let log = if ring {
@@ -190,6 +202,24 @@ impl Machine {
             }
         }
         Ok(sums)
+    }
+
+    /// Reads the local APIC of vCPU `index` again, whose thread has saved the rest and is in no call to
+    /// KVM: another vCPU may have sent it an interrupt since.
+    ///
+    /// # Errors
+    ///
+    /// What `KVM_GET_LAPIC` says.
+    pub fn save_lapic_again(&self, index: usize, state: &mut VcpuState) -> Result<(), KvmError> {
+        let Some(vcpu) = self.vcpus.get(index) else { return Ok(()) };
+        // SAFETY: the descriptor is a vCPU's, and KVM writes a `kvm_lapic_state`.
+        let result =
+            timed(|| unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_LAPIC, &raw mut state.lapic) });
+        if result < 0 {
+            let source = std::io::Error::last_os_error();
+            return Err(KvmError::Ioctl { name: "KVM_GET_LAPIC", source });
+        }
+        Ok(())
     }
 
     fn set_memslots(&self, mapping: &Mapping, track: bool) -> Result<(), KvmError> {
