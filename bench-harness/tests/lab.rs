@@ -248,6 +248,12 @@ fn compared() -> Result<(), Failed> {
     let plain = self::run("vcpus", Options { compare: true, ..BARE })?;
     assert_eq!(plain.baselines_us["cold_create_us"].len(), 4, "{:?}", plain.baselines_us);
     assert_eq!(plain.recorder.forks(), 4, "forks that do not count are counted");
+    for run in [&run, &plain] {
+        // Of all that is available others take and give back, too; but not the machine's size.
+        let private = run.values.get("private_user_bytes").copied().unwrap_or(0.0);
+        assert!((50_000.0..32e6).contains(&private), "a child has {private} bytes");
+        assert!(run.memory_per_child_bytes.is_none_or(|bytes| bytes < 32 << 20), "{run:?}");
+    }
     Ok(())
 }
 

@@ -92,7 +92,11 @@ fn one(
 }
 
 /// Memory of one child: as the whole machine sees it, and what of it is private user memory.
-fn weigh(bench: &mut Bench<'_>, alive: &[Uuid], before: Option<u64>) -> Result<(), Trouble> {
+pub(super) fn weigh(
+    bench: &mut Bench<'_>,
+    alive: &[Uuid],
+    before: Option<u64>,
+) -> Result<(), Trouble> {
     let Ok(count @ 1..) = u32::try_from(alive.len()) else { return Ok(()) };
     // Nothing is known if more is free than before: somebody else gave it back.
     let lost = before.zip(process::available_bytes()).and_then(|(was, is)| was.checked_sub(is));

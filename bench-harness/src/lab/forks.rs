@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use runtime::memory::BackingKind;
+
 use super::bench::Bench;
 use super::error::Trouble;
 use super::program::{Rate, rate_only};
+use super::{children, process};
 use crate::baseline::cold::Maker;
 use crate::record::Summary;
 use crate::schedule::Schedule;
@@ -13,7 +16,13 @@ use crate::session::{LabError, Silent};
 /// Machines made from nothing between the forks of a scenario.
 const COLD: u32 = 30;
 
-/// Closed or open loop. With `compare` cold machines are made in between, where that changes nothing.
+/// Children that are alive at the same time when they are weighed.
+const WEIGHED: u32 = 16;
+/// How long memory may take to settle before.
+const SETTLE: Duration = Duration::from_millis(300);
+
+/// Closed or open loop. With `compare` cold machines are made in between, where that changes nothing, and
+/// children are weighed at the end.
 pub(super) fn forks(bench: &mut Bench<'_>, compare: bool) -> Result<(), LabError> {
     bench.warm_up()?;
     let scenario = bench.scenario;
@@ -86,6 +95,27 @@ pub(super) fn forks(bench: &mut Bench<'_>, compare: bool) -> Result<(), LabError
         }
     }
     tax(bench, &taxes);
+    if compare { weigh(bench) } else { Ok(()) }
+}
+
+/// Some more forks, which are not recorded, whose children stay alive: what one of them takes.
+fn weigh(bench: &mut Bench<'_>) -> Result<(), LabError> {
+    // Of a pool of huge pages the kernel's figure of what is available tells nothing.
+    if bench.config.backing == BackingKind::Hugetlb {
+        return Ok(());
+    }
+    let at_once = bench.scenario.children_per_fork;
+    std::thread::sleep(SETTLE);
+    let before = process::available_bytes();
+    let mut alive = Vec::new();
+    for _ in 0..WEIGHED.div_ceil(at_once.max(1)) {
+        let plan = bench.plan();
+        alive.extend(bench.fork(&plan)?.children);
+        bench.rig.ready(bench.guest.uuid, at_once)?;
+    }
+    std::thread::sleep(SETTLE);
+    children::weigh(bench, &alive, before)?;
+    bench.rig.end_all(&alive)?;
     Ok(())
 }
 

@@ -39,6 +39,9 @@ const ENTRIES: u32 = 256;
 /// Operations of the ring itself have numbers from here on.
 const OWN: u64 = 1 << 63;
 
+/// How long operations that are cancelled may take to end.
+const FAREWELL_NS: u64 = 100_000_000;
+
 /// What a device wants done. `number` is its own name for what this is about.
 #[derive(Debug)]
 pub enum Ask {
@@ -282,10 +285,18 @@ fn is_hang_up(result: Result<u32, Errno>) -> bool {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // Operations under way end some time after the ring is closed: what they use stays.
-        for flight in self.flights.drain(..).flatten() {
-            std::mem::forget(flight);
+        // Closing the ring ends operations some time later: until then the kernel uses what is theirs.
+        for index in 0..self.flights.len() {
+            if self.flights.get(index).is_some_and(Option::is_some) {
+                self.push(opcode::AsyncCancel::new(index as u64).build().user_data(OWN));
+            }
         }
+        let end = now_ns() + FAREWELL_NS;
+        while self.flights.iter().any(Option::is_some) && now_ns() < end {
+            self.turn(Some(end), |_, _| ());
+        }
+        // What one that does not end uses stays for good.
+        self.flights.drain(..).flatten().for_each(std::mem::forget);
     }
 }
 
@@ -347,6 +358,21 @@ mod tests {
             ring.turn(Some(soon), |_, done| panic!("{done:?}"));
         }
         assert!(ring.flights.iter().all(Option::is_none), "{ring:?}");
+    }
+
+    #[test]
+    fn nothing_is_left_of_operations_under_way() {
+        let mut ring = Ring::new().expect("a ring");
+        let bell = Arc::new(EventFd::new(libc::EFD_CLOEXEC).expect("an eventfd"));
+        let (_other, socket) = pair();
+        ring.ask(0, Ask::Ring { bell: bell.clone() });
+        ring.ask(0, Ask::Receive { number: 1, socket: socket.clone(), buffer: vec![0; 8] });
+        ring.ask(0, Ask::HangUp { number: 2, socket: socket.clone() });
+        ring.turn(Some(0), |_, done| panic!("{done:?}"));
+        // One that the kernel has not been told of.
+        ring.ask(0, Ask::Receive { number: 3, socket: socket.clone(), buffer: vec![0; 8] });
+        drop(ring);
+        assert_eq!((Arc::strong_count(&bell), Arc::strong_count(&socket)), (1, 1));
     }
 
     #[test]
