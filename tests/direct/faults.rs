@@ -222,9 +222,7 @@ fn standby_killed_at(step: Step) -> Result<()> {
     let before = rig.census()?;
     let mut failed = 0;
     for round in 0..4 {
-        let zygote = rig.zygote()?;
-        let standby = rig.processes().into_iter().find(|it| it.parent == zygote && !it.zombie);
-        let standby = standby.and_then(|it| Pid::from_raw(it.pid)).context("no standby")?;
+        let standby = parked(&rig)?;
         let slow = Request::Fault { step: Some(step), errno: FAULT_DELAY, delay_us: DELAY_US };
         rig.owner.ask(rig.root, slow)?;
         let seq = rig.begin(rig.root, 0, &[fork(1, 10)])?;
@@ -293,7 +291,7 @@ fn standby_stopped() -> Result<()> {
     works(&rig, 1)?;
     rig.standbys(1)?;
     let before = rig.census()?;
-    stop_standby(&rig)?;
+    rustix::process::kill_process(parked(&rig)?, Signal::STOP)?;
     let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
     let named = forked.step().with_context(|| format!("no step: {forked:?}"))?;
     ensure!(forked.status == ETIMEDOUT && forked.registers, "{}: {forked:?}", named.name());
@@ -309,7 +307,7 @@ fn standby_stopped_behind() -> Result<()> {
     let rig = Rig::new(InstanceConfig { memory_mib: 64, ring_entries: 1024, ..<_>::default() })?;
     works(&rig, 1)?;
     rig.standbys(1)?;
-    stop_standby(&rig)?;
+    rustix::process::kill_process(parked(&rig)?, Signal::STOP)?;
     let seq = rig.begin(rig.root, 0, &[dirty_row(PAGES, 9, 0), fork(1, 10)])?;
     let forked = Forked::read(&rig.results(rig.root, 0, seq)?, 10)?;
     let named = forked.step().with_context(|| format!("no step: {forked:?}"))?;
@@ -323,11 +321,11 @@ fn standby_stopped_behind() -> Result<()> {
     Ok(())
 }
 
-fn stop_standby(rig: &Rig) -> Result<()> {
+/// The first of its standbys.
+fn parked(rig: &Rig) -> Result<Pid> {
     let zygote = rig.zygote()?;
     let standby = rig.processes().into_iter().find(|it| it.parent == zygote && !it.zombie);
-    let standby = standby.and_then(|it| Pid::from_raw(it.pid)).context("no standby")?;
-    Ok(rustix::process::kill_process(standby, Signal::STOP)?)
+    standby.and_then(|it| Pid::from_raw(it.pid)).context("no standby")
 }
 
 /// Negative control for all of the above.
