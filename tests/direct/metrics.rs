@@ -149,11 +149,13 @@ fn touches(backing: BackingKind) -> Result<()> {
     let child = rig.branch(rig.root, 1)?[0];
     rig.run(child, &[dirty(1, 6, 6)])?;
     let pid = u32::try_from(rig.pid(child)?)?;
-    let before = counted(&rig, child)?;
+    // What the guest's program writes once it has answered may come late, so no fault is counted that
+    // has no event, but there may be events of faults that are not counted.
     rig.owner.probes(|probes| probes.trace(true)).context("no probes")??;
+    let before = counted(&rig, child)?;
     rig.run(child, &[dirty(PAGES, 7, 7)])?;
-    let events = rig.owner.probes(Probes::events).context("no probes")?;
     let after = counted(&rig, child)?;
+    let events = rig.owner.probes(Probes::events).context("no probes")?;
     let of = |all: &Counted| count(all, &[], &[Metric::KvmFault]);
     let faults = of(&after) - of(&before);
     let kvm = |event: &&Event| event.kind == EventKind::KvmFault as u8 && event.pid == pid;
@@ -167,7 +169,9 @@ fn touches(backing: BackingKind) -> Result<()> {
     let (pages, huge) = (distinct(12), distinct(21));
     let told = format!("{faults} faults of {PAGES} pages: {pages} of 4 KiB, {huge} of 2 MiB");
     println!("{backing:?}: {told}");
-    ensure!(addresses.len() as u64 == faults, "{told}, {} events", addresses.len());
+    let (of_work, told_of) = (addresses.iter().filter(work).count() as u64, addresses.len() as u64);
+    let told = format!("{told}, {told_of} events, {of_work} of work pages");
+    ensure!((of_work..=told_of).contains(&faults), "{told}");
     ensure!(pages == PAGES && (PAGES..=PAGES + PAGES / 50).contains(&faults), "{told}");
     let last = rig.work_start + rig.work_pages * PAGE as u64 - 1;
     let all = (last >> 21) - (rig.work_start >> 21) + 1;

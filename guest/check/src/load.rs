@@ -19,7 +19,7 @@ const PAGES: usize = 256;
 /// So many rounds of each before the fork, and after it.
 const ROUNDS: u64 = 20;
 /// How long they may take.
-const LIMIT: Duration = Duration::from_secs(45);
+const LIMIT: Duration = Duration::from_secs(90);
 /// Parts that work in every machine; the rest is the connection.
 const OWN: usize = 3;
 

@@ -66,7 +66,7 @@ fn load() -> Result<()> {
             heard.send(hear(&connection)).unwrap_or(());
         });
     });
-    let output = guest.run_long(guest.root, &format!("ukp-check load {PORT}"), LONG * 2)?;
+    let output = guest.run_long(guest.root, &format!("ukp-check load {PORT}"), LONG * 4)?;
     ensure!(output.code == 0, "{output:?}");
     let child: Uuid = told(&output.out, "read")?.parse().with_context(|| output.out.clone())?;
     let (code, console) = guest.end_of(child)?;
