@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use guest_wire::{
-    AGENT_PORT, Frame, FrameError, Kind, Reply, Request, Terminal, control, read_frame,
+    AGENT_PORT, Call, Frame, FrameError, Kind, Reply, Request, Terminal, control, read_frame,
     write_control, write_frame,
 };
 use thiserror::Error;
@@ -68,6 +68,8 @@ pub fn socket_of(folder: &Path, instance: Uuid) -> PathBuf {
 #[derive(Debug)]
 pub struct Agent {
     stream: UnixStream,
+    /// Whose it is.
+    instance: Uuid,
 }
 
 /// What to run.
@@ -95,12 +97,13 @@ pub enum Said {
 }
 
 impl Agent {
-    /// Connects to the agent behind the socket of an instance.
+    /// Connects to the agent of an instance, whose socket is in `folder`.
     ///
     /// # Errors
     ///
     /// That there is no instance, or no agent in it.
-    pub fn connect(socket: &Path) -> Result<Self, AgentError> {
+    pub fn connect(folder: &Path, instance: Uuid) -> Result<Self, AgentError> {
+        let socket = &socket_of(folder, instance);
         let lost = |error| AgentError::Lost(FrameError::Io(error));
         let mut stream = UnixStream::connect(socket)
             .map_err(|source| AgentError::NoSocket { path: socket.to_owned(), source })?;
@@ -123,7 +126,7 @@ impl Agent {
         if !line.starts_with(b"OK ") {
             return Err(AgentError::NoAgent);
         }
-        Ok(Self { stream })
+        Ok(Self { stream, instance })
     }
 
     /// A door for the fuzz targets: a connection that was made already.
@@ -131,7 +134,7 @@ impl Agent {
     #[doc(hidden)]
     #[must_use]
     pub fn over(stream: UnixStream) -> Self {
-        Self { stream }
+        Self { stream, instance: Uuid::nil() }
     }
 
     /// Who is there: UUID and generation, as the guest knows them.
@@ -140,7 +143,7 @@ impl Agent {
     ///
     /// What became of the connection.
     pub fn ping(mut self) -> Result<(Uuid, u64), AgentError> {
-        self.ask(&Request::Ping)?;
+        self.ask(Request::Ping)?;
         match self.reply()? {
             Reply::Pong { uuid, generation } => Ok((uuid, generation)),
             other => Err(unexpected(&other)),
@@ -154,7 +157,7 @@ impl Agent {
     /// That the fork failed, or what became of the connection.
     pub fn fork(mut self) -> Result<Uuid, AgentError> {
         self.stream.set_read_timeout(Some(FORK)).map_err(|error| AgentError::Lost(error.into()))?;
-        self.ask(&Request::Fork)?;
+        self.ask(Request::Fork)?;
         match self.reply()? {
             Reply::Forked { uuid } => Ok(uuid),
             other => Err(unexpected(&other)),
@@ -167,7 +170,7 @@ impl Agent {
     ///
     /// What became of the connection.
     pub fn terminate(mut self) -> Result<(), AgentError> {
-        self.ask(&Request::Terminate)?;
+        self.ask(Request::Terminate)?;
         match self.reply()? {
             Reply::Done => Ok(()),
             other => Err(unexpected(&other)),
@@ -181,7 +184,7 @@ impl Agent {
     /// What became of the connection.
     pub fn exec(mut self, command: &Command) -> Result<Running, AgentError> {
         let Command { argv, env, cwd, tty } = command.clone();
-        self.ask(&Request::Exec { argv, env, cwd, tty })?;
+        self.ask(Request::Exec { argv, env, cwd, tty })?;
         // It may be silent for as long as it runs.
         self.stream.set_read_timeout(None).map_err(|error| AgentError::Lost(error.into()))?;
         Ok(Running(self))
@@ -193,7 +196,7 @@ impl Agent {
     ///
     /// What became of it, there or here.
     pub fn write(mut self, path: &str, mode: u32, from: &mut impl Read) -> Result<(), AgentError> {
-        self.ask(&Request::Write { path: path.to_owned(), mode })?;
+        self.ask(Request::Write { path: path.to_owned(), mode })?;
         let mut piece = vec![0; PIECE];
         loop {
             let len = from.read(&mut piece).map_err(AgentError::Local)?;
@@ -221,7 +224,7 @@ impl Agent {
         path: &str,
         begin: impl FnOnce(u32) -> io::Result<W>,
     ) -> Result<W, AgentError> {
-        self.ask(&Request::Read { path: path.to_owned() })?;
+        self.ask(Request::Read { path: path.to_owned() })?;
         let mut to = match self.reply()? {
             Reply::File { mode, .. } => begin(mode).map_err(AgentError::Local)?,
             other => return Err(unexpected(&other)),
@@ -236,8 +239,9 @@ impl Agent {
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Result<(), AgentError> {
-        write_control(&mut self.stream, request).map_err(AgentError::Lost)
+    fn ask(&mut self, request: Request) -> Result<(), AgentError> {
+        let call = Call { to: self.instance, request };
+        write_control(&mut self.stream, &call).map_err(AgentError::Lost)
     }
 
     fn frame(&mut self) -> Result<Frame, AgentError> {

@@ -216,6 +216,8 @@ pub enum Event {
         vcpus: u32,
         /// Guest RAM.
         memory_mib: u32,
+        /// Whether its guest is Linux.
+        linux: bool,
     },
     /// Answer to the request with that number.
     Reply {

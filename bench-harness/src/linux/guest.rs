@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use runtime::agent::{Agent, AgentError, Command, Said, socket_of};
+use runtime::agent::{Agent, AgentError, Command, Said};
 use runtime::owner::Owner;
 use runtime::proto::{Event, InstanceConfig};
 use uuid::Uuid;
@@ -61,7 +61,7 @@ impl Guest {
 
     /// A connection to the agent of an instance.
     pub(super) fn agent(&self, instance: Uuid) -> Result<Agent, AgentError> {
-        Agent::connect(&socket_of(self.owner.folder(), instance))
+        Agent::connect(self.owner.folder(), instance)
     }
 
     /// Waits until the agent of an instance has answered with the instance's UUID.

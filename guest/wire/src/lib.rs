@@ -17,8 +17,8 @@ pub mod message;
 
 pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, read_frame, write_frame};
 pub use message::{
-    Answer, ChildInfo, Input, Question, Reply, Request, Status, Terminal, WorkloadState, control,
-    read_control, write_control,
+    Answer, Call, ChildInfo, Input, Question, Reply, Request, Status, Terminal, WorkloadState,
+    control, read_control, write_control,
 };
 
 /// Context id of the host.

@@ -118,7 +118,19 @@ pub struct Terminal {
     pub cols: u16,
 }
 
-/// What the host asks for, first on a connection of its own.
+/// A request, and whose it is: first on a connection of its own. Connections outlive a fork of the guest
+/// by a moment, and what was asked of the parent is not for the child to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// Who is to do it; nil: whoever hears it.
+    #[serde(default)]
+    pub to: Uuid,
+    /// What.
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+/// What the host asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Request {
@@ -304,6 +316,9 @@ mod tests {
             tty: Some(Terminal { rows: 24, cols: 80 }),
         };
         assert_eq!(again(&exec), exec);
+        let call = Call { to: uuid, request: exec };
+        assert_eq!(again(&call), call);
+        assert_eq!(again(&Call { request: Request::Fork, ..call.clone() }).request, Request::Fork);
         let input = Input::Resize(Terminal { rows: 1, cols: 2 });
         assert_eq!(again(&input), input);
         let workload = WorkloadState::Exited { code: 3 };
@@ -316,6 +331,8 @@ mod tests {
         let request: Request = serde_json::from_str(r#"{"type":"exec","argv":["true"]}"#).unwrap();
         let Request::Exec { env, cwd, tty, .. } = request else { panic!("not exec") };
         assert!(env.is_empty() && cwd.is_none() && tty.is_none());
+        let call: Call = serde_json::from_str(r#"{"type":"ping"}"#).unwrap();
+        assert_eq!(call, Call { to: Uuid::nil(), request: Request::Ping });
     }
 
     #[test]

@@ -2,17 +2,21 @@
 
 use std::io::{IsTerminal, Write, stdin, stdout};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::time::Duration;
 
 use serde_json::json;
 
 use super::args::{ConsoleArgs, LogsArgs};
 use super::client::{self, Line};
-use super::error::CliError;
+use super::error::{CliError, exit_code};
 use super::keyboard::Keyboard;
-use super::print_json;
-use super::verbs;
+use super::signals::Signals;
 use super::wire::{Answer, Ask};
+use super::{print_json, tell, verbs};
+
+/// How long one look for a signal takes at most.
+const LOOK: Duration = Duration::from_mins(1);
 
 pub fn logs(args: &LogsArgs) -> Result<u8, CliError> {
     // What one that has ended has said is there for a while.
@@ -20,7 +24,7 @@ pub fn logs(args: &LogsArgs) -> Result<u8, CliError> {
     let mut next = 0;
     line.output(&Ask::Logs { instance: instance.uuid, follow: args.follow }, |at, bytes| {
         if at > next {
-            eprintln!("note: {} bytes are no longer kept", at - next);
+            tell(&format!("note: {} bytes are no longer kept", at - next));
         }
         next = at + bytes.len() as u64;
         if args.json {
@@ -39,6 +43,15 @@ pub fn console(args: &ConsoleArgs) -> Result<u8, CliError> {
     let uuid = instance.uuid;
     let left = Arc::new(AtomicBool::new(false));
     let leaving = left.clone();
+    // Before the first thread. The terminal is to be put back, whatever ends this.
+    let signals = Signals::block()?;
+    let ended_by = Arc::new(AtomicI32::new(0));
+    let (number, end) = (ended_by.clone(), line.hang_up()?);
+    std::thread::spawn(move || {
+        let signal = std::iter::repeat_with(|| signals.wait(LOOK)).flatten().next();
+        number.store(signal.unwrap_or(0), Ordering::SeqCst);
+        end();
+    });
     let type_in =
         move |bytes: &[u8]| match typing.ask(&Ask::Type { instance: uuid, bytes: bytes.into() }) {
             Ok(Answer::Typed(count)) => Some(count),
@@ -50,14 +63,15 @@ pub fn console(args: &ConsoleArgs) -> Result<u8, CliError> {
         hang_up();
     })?;
     if stdin().is_terminal() {
-        eprintln!("note: what is typed goes to the guest's hvc0; Ctrl-] leaves it");
+        tell("note: what is typed goes to the guest's hvc0; Ctrl-] leaves it");
     }
     let shown = line.output(&Ask::Logs { instance: uuid, follow: true }, |_, bytes| show(bytes));
     drop(keyboard);
-    if left.load(Ordering::SeqCst) {
-        return Ok(0);
+    match ended_by.load(Ordering::SeqCst) {
+        0 if left.load(Ordering::SeqCst) => Ok(0),
+        0 => shown.map(|()| 0),
+        signal => Ok(exit_code(128 + signal)),
     }
-    shown.map(|()| 0)
 }
 
 /// Tells whether anybody still reads.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use ebpf_loader::Row;
 use runtime::proto::MAX_MESSAGE;
 use runtime::sys::{self, SysError};
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use uuid::Uuid;
@@ -29,14 +30,22 @@ pub struct Line {
 
 impl Line {
     /// `None` if nobody answers there: an owner that serves nobody, or is just coming or going.
-    fn connect(folder: &Path) -> Option<Self> {
+    fn connect(folder: &Path) -> Result<Option<Self>, CliError> {
+        match Self::connect_to(folder) {
+            Err(Errno::AGAIN) => Err(silent()),
+            connected => Ok(connected.ok()),
+        }
+    }
+
+    fn connect_to(folder: &Path) -> Result<Self, Errno> {
         let flags = SocketFlags::CLOEXEC;
         let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-                .ok()?;
-        let address = SocketAddrUnix::new(folder.join(SOCKET)).ok()?;
-        rustix::net::connect(&socket, &address).ok()?;
-        Some(Self { socket, folder: folder.to_owned() })
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let address = SocketAddrUnix::new(folder.join(SOCKET))?;
+        // Of connect(2), too: an owner that is stopped accepts nobody.
+        set_socket_timeout(&socket, Timeout::Send, Some(LIST_TIME))?;
+        rustix::net::connect(&socket, &address)?;
+        Ok(Self { socket, folder: folder.to_owned() })
     }
 
     /// The owner's folder.
@@ -54,7 +63,7 @@ impl Line {
         let len = match sys::receive(&self.socket, buffer, RecvFlags::empty()) {
             Ok((len @ 1.., _)) => len,
             Err(error) if error.errno() == libc::EAGAIN => {
-                return Err(CliError::internal("an owner of instances does not answer"));
+                return Err(silent());
             }
             _ => return Err(gone()),
         };
@@ -73,7 +82,7 @@ impl Line {
 
     /// Another connection to the same owner.
     pub fn again(&self) -> Result<Self, CliError> {
-        Self::connect(&self.folder).ok_or_else(gone)
+        Self::connect(&self.folder)?.ok_or_else(gone)
     }
 
     /// What ends this connection, from any thread.
@@ -160,6 +169,10 @@ impl Line {
     }
 }
 
+fn silent() -> CliError {
+    CliError::internal("an owner of instances does not answer")
+}
+
 fn gone() -> CliError {
     CliError::internal("the `runtime run` that owned the instance has ended")
 }
@@ -168,11 +181,13 @@ fn gone() -> CliError {
 pub fn all() -> Result<Vec<(Line, Vec<Listed>)>, CliError> {
     let mut owners = Vec::new();
     for folder in runtime::owner::folders()? {
-        let Some(line) = Line::connect(&folder) else { continue };
-        match line.list() {
-            Ok(listed) => owners.push((line, listed)),
+        let listed = Line::connect(&folder)
+            .and_then(|line| line.map(|line| Ok((line.list()?, line))).transpose());
+        match listed {
+            Ok(None) => {}
+            Ok(Some((listed, line))) => owners.push((line, listed)),
             // One that ends or hangs does not keep the others from being seen.
-            Err(error) => eprintln!("note: {error}"),
+            Err(error) => super::tell(&format!("note: {error}")),
         }
     }
     Ok(owners)

@@ -4,7 +4,8 @@
 //! lines, with the instance's short id before each.
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::sync::{Arc, OnceLock};
 
 use runtime::proto::Event;
 use serde_json::{Value, json};
@@ -37,12 +38,16 @@ pub struct Console<Out, Notes> {
     root: Option<Uuid>,
     /// The last byte that was passed on ended a line.
     at_start: bool,
+    /// Why output could not be written.
+    lost: Arc<OnceLock<String>>,
 }
 
 impl<Out: Write, Notes: Write> Console<Out, Notes> {
     /// Console output goes to `out`, the rest to `notes`.
-    pub fn new(out: Out, notes: Notes, format: Format) -> Self {
-        Self { out, notes, format, lines: HashMap::new(), instances: 0, root: None, at_start: true }
+    /// The first error of `out` is left in `lost`.
+    pub fn new(out: Out, notes: Notes, format: Format, lost: Arc<OnceLock<String>>) -> Self {
+        let (lines, instances, root, at_start) = (HashMap::new(), 0, None, true);
+        Self { out, notes, format, lines, instances, root, at_start, lost }
     }
 
     /// Shows what `uuid` said.
@@ -171,8 +176,13 @@ impl<Out: Write, Notes: Write> Console<Out, Notes> {
     }
 
     fn put(&mut self, bytes: &[u8]) {
-        // A reader that has gone away (`| head`) does not end the machines.
-        self.out.write_all(bytes).and_then(|()| self.out.flush()).unwrap_or(());
+        // It does not end the machines, and a reader that has gone away (`| head`) is no error.
+        if let Err(error) = self.out.write_all(bytes).and_then(|()| self.out.flush())
+            && error.kind() != ErrorKind::BrokenPipe
+            && self.lost.set(error.to_string()).is_ok()
+        {
+            self.note(&format!("cannot write the output, which is lost from here on: {error}"));
+        }
     }
 }
 
@@ -217,7 +227,7 @@ mod tests {
 
     fn shown(format: Format, events: &[(Uuid, Event)]) -> String {
         let (mut out, mut notes) = (Vec::new(), Vec::new());
-        let mut console = Console::new(&mut out, &mut notes, format);
+        let mut console = Console::new(&mut out, &mut notes, format, Arc::default());
         for (uuid, event) in events {
             console.event(*uuid, event);
         }
@@ -226,7 +236,7 @@ mod tests {
     }
 
     fn hello(uuid: Uuid) -> (Uuid, Event) {
-        (uuid, Event::Hello { uuid, parent: None, pid: 1, vcpus: 1, memory_mib: 8 })
+        (uuid, Event::Hello { uuid, parent: None, pid: 1, vcpus: 1, memory_mib: 8, linux: false })
     }
 
     fn says(uuid: Uuid, text: &str) -> (Uuid, Event) {
@@ -251,6 +261,27 @@ mod tests {
         ];
         let expected = "begun\nbbbbbbbb | one\naaaaaaaa | other\nbbbbbbbb | two\naaaaaaaa | end\n";
         assert_eq!(shown(Format::Text, &events), expected);
+    }
+
+    #[test]
+    fn output_that_cannot_be_written_is_told_once() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (mut notes, lost) = (Vec::new(), Arc::new(OnceLock::new()));
+        let mut console = Console::new(Full, &mut notes, Format::Text, lost.clone());
+        for (uuid, event) in [hello(A), says(A, "x"), says(A, "y")] {
+            console.event(uuid, &event);
+        }
+        drop(console);
+        assert!(lost.get().is_some());
+        assert_eq!(String::from_utf8(notes).expect("text").lines().count(), 1);
     }
 
     #[test]

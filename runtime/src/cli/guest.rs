@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use guest_wire::{Input, Terminal};
 use ratatui::crossterm::terminal;
-use runtime::agent::{self, Agent, AgentError, Command, ProgramInput, Running, Said};
+use runtime::agent::{Agent, AgentError, Command, ProgramInput, Running, Said};
 use runtime::sys;
 
 use super::args::{CpArgs, ExecArgs};
@@ -16,6 +16,7 @@ use super::error::{CliError, exit_code};
 use super::parse::Prefix;
 use super::signals::Signals;
 use super::verbs;
+use super::wire::State;
 
 /// How often the size of the terminal is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -46,7 +47,11 @@ pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
 
 fn connect(instance: &Prefix) -> Result<Agent, CliError> {
     let (line, instance) = verbs::alive(instance)?;
-    Ok(Agent::connect(&agent::socket_of(line.folder(), instance.uuid))?)
+    if instance.state == State::Paused {
+        let uuid = instance.uuid;
+        return Err(CliError::usage(format!("{uuid} is paused; `runtime resume` it first")));
+    }
+    Ok(Agent::connect(line.folder(), instance.uuid)?)
 }
 
 /// The terminal hands on what is typed as it is, until this goes.
@@ -94,17 +99,18 @@ fn pass_input(running: &Running, args: &ExecArgs) -> Result<(), CliError> {
 
 fn pass_signals(mut input: ProgramInput, signals: Signals, tty: bool) {
     let pass = move || {
-        let mut size = size_of_terminal();
+        // Where there is no terminal, asking for its size starts programs.
+        let mut size = tty.then(size_of_terminal);
         loop {
             if let Some(number) = signals.wait(LOOK)
                 && input.tell(Input::Signal { number }).is_err()
             {
                 return;
             }
-            let now = size_of_terminal();
-            if tty && now != size {
-                size = now;
-                if input.tell(Input::Resize(size)).is_err() {
+            let now = tty.then(size_of_terminal);
+            if let Some(now) = now.filter(|_| now != size) {
+                size = Some(now);
+                if input.tell(Input::Resize(now)).is_err() {
                     return;
                 }
             }

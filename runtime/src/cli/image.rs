@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::args::ImageArgs;
 use super::error::CliError;
-use super::{print, print_json};
+use super::{print, print_json, tell};
 
 /// How an archive begins that is an image already.
 const MAGIC: &[u8] = b"07070";
@@ -81,10 +81,10 @@ fn make(source: &Source, options: Options<'_>) -> Result<Built, CliError> {
     bar.finish_and_clear();
     let built = built?;
     if let Some(user) = &built.user {
-        eprintln!(
+        tell(&format!(
             "note: the image asks for the user {}; guests run it as root",
             user.escape_debug()
-        );
+        ));
     }
     Ok(built)
 }

@@ -72,6 +72,11 @@ impl Logs {
         self.more.notify_all();
     }
 
+    /// How much `instance` has said so far.
+    pub fn end(&self, instance: Uuid) -> Option<u64> {
+        self.lock().logs.get(&instance).map(Log::end)
+    }
+
     /// At most `most` bytes of what `instance` has said from byte `from` on, once there is something
     /// or it has ended; nothing new after `time`. `None`: nothing is kept of it.
     pub fn read(&self, instance: Uuid, from: u64, most: usize, time: Duration) -> Option<Piece> {
@@ -157,7 +162,17 @@ mod tests {
     #[test]
     fn who_waits_hears_what_comes_and_of_the_end() {
         let (logs, one) = (Logs::default(), Uuid::new_v4());
-        logs.event(one, &Event::Hello { uuid: one, parent: None, pid: 1, vcpus: 1, memory_mib: 1 });
+        logs.event(
+            one,
+            &Event::Hello {
+                uuid: one,
+                parent: None,
+                pid: 1,
+                vcpus: 1,
+                memory_mib: 1,
+                linux: false,
+            },
+        );
         let long = Duration::from_secs(20);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| logs.read(one, 0, 10, long));

@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
     };
     code.map_or_else(
         |error| {
-            eprintln!("error: {error}");
+            tell(&format!("error: {error}"));
             ExitCode::from(error.code)
         },
         ExitCode::from,
@@ -107,7 +107,7 @@ fn refuse(error: &clap::Error) -> Result<u8, CliError> {
             Ok(0)
         }
         DisplayHelpOnMissingArgumentOrSubcommand => {
-            eprint!("{text}");
+            tell(text.to_string().trim_end());
             Ok(error::USAGE)
         }
         _ => {
@@ -118,6 +118,11 @@ fn refuse(error: &clap::Error) -> Result<u8, CliError> {
             Err(CliError::usage(format!("{line}; see `runtime help`")))
         }
     }
+}
+
+/// One line for people, on stderr. Where it cannot be written there is nobody to be told.
+fn tell(line: &str) {
+    writeln!(std::io::stderr(), "{line}").unwrap_or(());
 }
 
 /// Writes to stdout; a reader that has gone away (`| head`) is no error.

@@ -32,8 +32,6 @@ use super::wire::short;
 
 /// How long an instance may be waited for.
 const FOREVER: Duration = Duration::from_secs(u64::MAX / 4);
-/// How long the last words of processes that are gone may take.
-const LAST_WORDS: Duration = Duration::from_secs(10);
 /// How often children that are born late are looked for.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -97,7 +95,12 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         server.finish();
         remove_folder(&owner);
         screen.finish();
-        result
+        match screen.lost() {
+            Some(why) if matches!(result, Ok(0)) => {
+                Err(CliError::internal(format!("cannot write the output: {why}")))
+            }
+            _ => result,
+        }
     };
     unless_signal(&signals, || screen.hurry(), end).0
 }
@@ -313,10 +316,14 @@ fn kill_descendants(owner: &Owner, root: Uuid) {
     }
 }
 
+/// All processes are gone. What they said last is heard to its end, however slowly it is read; a signal
+/// has the screen in a hurry.
 fn outcome(owner: &Owner, root: Uuid) -> Result<u8, CliError> {
-    let (code, why) = owner
-        .wait_exit(root, LAST_WORDS)
-        .map_err(|error| CliError::internal(sys::chain(&error)))?;
+    let internal = |error: OwnerError| CliError::internal(sys::chain(&error));
+    let (code, why) = owner.wait_exit(root, FOREVER).map_err(internal)?;
+    owner
+        .wait_until("end of all", FOREVER, |alive| alive.is_empty().then_some(()))
+        .map_err(internal)?;
     let byte = exit_code(code);
     match why {
         Some(why) if code == CRASHED => {

@@ -4,7 +4,7 @@
 use std::io::{Write, stderr, stdout};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -38,6 +38,7 @@ pub struct Screen {
     waiting: Arc<AtomicUsize>,
     /// What finds no room is left out.
     hurried: AtomicBool,
+    lost: Arc<OnceLock<String>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -58,15 +59,17 @@ impl Screen {
     ) -> Result<Self, SysError> {
         let (queue, shown) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
-        let left = waiting.clone();
+        let (left, lost) = (waiting.clone(), Arc::new(OnceLock::new()));
+        let console = Console::new(out, notes, format, lost.clone());
         let thread = std::thread::Builder::new()
             .name("screen".into())
-            .spawn(move || show(&shown, &left, Console::new(out, notes, format)))
+            .spawn(move || show(&shown, &left, console))
             .map_err(|source| SysError { call: "starting the thread of the screen", source })?;
         Ok(Self {
             queue,
             waiting,
             hurried: AtomicBool::new(false),
+            lost,
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -86,6 +89,11 @@ impl Screen {
     /// One line for people.
     pub fn note(&self, text: &str) {
         self.show(Shown::Note(text.to_owned()));
+    }
+
+    /// Why output could not be written, if it could not.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
     }
 
     /// Nobody waits any more for what there is no room for: it is left out.

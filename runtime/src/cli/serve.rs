@@ -110,6 +110,11 @@ impl Server {
     fn answer(&self, ask: Ask, connection: &OwnedFd) -> Vec<Answer> {
         let answer = match ask {
             Ask::List => return self.list(),
+            Ask::Branch { instance, unaware: false, .. } if self.is_asleep(instance) => {
+                return vec![Answer::Failed(format!(
+                    "{instance} is paused, and forks itself: `runtime resume` it first"
+                ))];
+            }
             Ask::Branch { instance, children, unaware } => {
                 let made = if unaware {
                     self.owner.branch_unaware(instance, children)
@@ -138,6 +143,12 @@ impl Server {
 
     fn paused(&self) -> MutexGuard<'_, HashSet<Uuid>> {
         self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is paused, and its guest would have to do something.
+    fn is_asleep(&self, uuid: Uuid) -> bool {
+        let linux = self.owner.with(uuid, |known| known.linux).unwrap_or(false);
+        linux && self.paused().contains(&uuid)
     }
 
     fn request(&self, uuid: Uuid, request: Request) -> Result<Answer, OwnerError> {
@@ -220,6 +231,8 @@ impl Server {
     fn logs(&self, instance: Uuid, follow: bool, connection: &OwnedFd) -> Answer {
         let mut next = 0;
         let time = if follow { LOOK } else { Duration::ZERO };
+        // What is said while this is read comes without end.
+        let end = if follow { None } else { self.logs.end(instance) };
         loop {
             let Some(Piece { at, bytes, last }) = self.logs.read(instance, next, LOG_PIECE, time)
             else {
@@ -228,7 +241,8 @@ impl Server {
             next = at + bytes.len() as u64;
             let nothing = bytes.is_empty();
             let heard = nothing || send(connection, &Answer::Output { at, bytes });
-            if !heard || hung_up(connection) || last || (nothing && !follow) {
+            let all = end.is_some_and(|end| next >= end);
+            if !heard || hung_up(connection) || last || all || (nothing && !follow) {
                 return Answer::Done;
             }
         }
@@ -245,7 +259,7 @@ impl Server {
 
     /// A guest with an agent may finish what it is at first.
     fn stop(&self, uuid: Uuid, code: u8, drain: Duration) -> Result<Answer, OwnerError> {
-        if !drain.is_zero() {
+        if !drain.is_zero() && !self.is_asleep(uuid) {
             match self.owner.drain(uuid, drain) {
                 // It has no agent, or its agent says nothing: it is ended without.
                 Ok(_) | Err(OwnerError::Agent(_)) => {}
@@ -314,12 +328,18 @@ fn listed(uuid: Uuid, known: &Known, paused: bool) -> Listed {
         pid: known.pid,
         state,
         code: known.gone.then_some(code),
-        why: why.map(|why| why.chars().take(REASON_CHARS).collect()),
+        why: why.map(|why| shown(&why)),
         age_ms: now_ns().saturating_sub(known.called_ns) / 1_000_000,
         memory_mib: known.memory_mib,
         vcpus: known.vcpus,
         resident_kib: 0,
     }
+}
+
+/// A guest may have written it: without what a terminal would obey, and no longer than there is room for.
+fn shown(why: &str) -> String {
+    let plain = why.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
+    plain.take(REASON_CHARS).collect()
 }
 
 /// 0 if the process is gone.
@@ -399,6 +419,28 @@ mod tests {
     use ebpf_loader::{Histogram, Role};
 
     use super::*;
+
+    /// Reasons are what guests wrote.
+    #[test]
+    fn a_list_of_the_longest_entries_fits_a_message() {
+        let worst = |c: char| Listed {
+            uuid: Uuid::max(),
+            parent: Some(Uuid::max()),
+            pid: i32::MAX,
+            state: State::Stopped,
+            code: Some(i32::MIN),
+            why: Some(shown(&c.to_string().repeat(1000))),
+            age_ms: u64::MAX,
+            memory_mib: u32::MAX,
+            vcpus: u32::MAX,
+            resident_kib: u64::MAX,
+        };
+        for c in ['\u{1}', '"', '\u{10ffff}', '\u{7f}', '\u{85}'] {
+            let part = Answer::Instances(vec![worst(c); LISTED_AT_ONCE]);
+            let bytes = serde_json::to_vec(&part).expect("it has no maps").len();
+            assert!(bytes < MAX_MESSAGE, "{c:?}: {bytes} bytes");
+        }
+    }
 
     #[test]
     fn a_long_list_comes_in_parts_that_fit_a_message() {

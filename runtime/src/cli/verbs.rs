@@ -11,7 +11,7 @@ use super::client::{self, Line};
 use super::error::{CliError, exit_code};
 use super::parse::Prefix;
 use super::wire::{Answer, Ask, Listed};
-use super::{print_json, print_line, print_lines};
+use super::{print_json, print_line, print_lines, tell};
 
 /// Something that takes longer than this shows that it goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -46,7 +46,7 @@ pub fn wait(args: &InstanceArgs) -> Result<u8, CliError> {
     } else {
         print_line(&code.to_string())?;
         if let Some(why) = why {
-            eprintln!("note: {}: {why}", instance.uuid);
+            tell(&format!("note: {}: {why}", instance.uuid));
         }
     }
     Ok(exit_code(code))

@@ -13,7 +13,7 @@ use runtime::proto::Stats;
 /// Name of the socket in the owner's folder.
 pub const SOCKET: &str = "control";
 /// Instances in one answer, so that it stays below `runtime::proto::MAX_MESSAGE`.
-pub const LISTED_AT_ONCE: usize = 256;
+pub const LISTED_AT_ONCE: usize = 128;
 /// Longest reason in a list, in characters.
 pub const REASON_CHARS: usize = 120;
 

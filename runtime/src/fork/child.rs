@@ -97,7 +97,7 @@ impl Standby {
         instance.settle_thread();
         drop(self);
         drop(shared);
-        Ok(instance.run_leader(vcpu, action))
+        instance.run_leader(vcpu, action)
     }
 
     /// Notes what it cost until now, page faults since there were `faults`.

@@ -173,7 +173,7 @@ impl Engine {
         // Children of a fork that failed look at the same words as those of the next: they have to
         // be gone before.
         let haunted = self.flights.iter().any(Flight::is_haunted);
-        if !fits || haunted || self.ready.len() < children {
+        if !fits || haunted || self.ready.len() < children || self.is_failing(link, children) {
             self.wanted = children;
             return Ok(false);
         }
@@ -224,6 +224,14 @@ impl Engine {
                 link.slot(dead.slot).word.store(word::EMPTY, Ordering::Release);
             }
         }
+    }
+
+    /// Whether one of the standbys that the next fork would take is about to end: it could not take in
+    /// what its parent had changed.
+    fn is_failing(&self, link: &Link, children: usize) -> bool {
+        let next = self.ready.iter().rev().take(children);
+        next.map(|handle| link.slot(handle.slot))
+            .any(|slot| slot.word.load(Ordering::Acquire) == word::FAILED)
     }
 
     /// Sets up the fork block for the standbys that were taken.

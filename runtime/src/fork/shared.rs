@@ -189,7 +189,14 @@ impl Shared {
                 self.instance.come_alive();
                 return Ok(());
             }
-            check(block, begin)?;
+            if let Err(error) = check(block, begin) {
+                // The last of the siblings may agree at this moment: who is first is obeyed.
+                fail(&self.link, error.step, error.cause.errno());
+                if path::failure(block.decision.load(Ordering::Acquire)).is_some() {
+                    return Err(error);
+                }
+                continue;
+            }
             if now_ns() - begin > SPIN_NS {
                 futex_wait(&block.decision, seen, Some(Duration::from_millis(10)));
             }

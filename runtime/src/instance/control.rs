@@ -168,6 +168,7 @@ impl<'a> Control<'a> {
             pid: std::process::id().cast_signed(),
             vcpus: instance.config().vcpus,
             memory_mib: instance.config().memory_mib,
+            linux: instance.config().is_linux(),
         });
         while !self.gone {
             let wait = self.look();

@@ -152,7 +152,7 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     let Some(leader) = leader else { return Ok(1) };
     instance.settle_thread();
     instance.gate().enter(0);
-    Ok(instance.run_leader(leader, Action::Continue))
+    instance.run_leader(leader, Action::Continue)
 }
 
 /// Puts the guest into memory, and its vCPUs to its beginning.

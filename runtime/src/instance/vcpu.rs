@@ -33,9 +33,6 @@ const ROUND_POLL: Duration = Duration::from_micros(500);
 /// How often a vCPU looks whether the owner has read something.
 const OUTBOX_POLL: Duration = Duration::from_millis(1);
 
-/// How long the control thread may take to tell the owner that the instance has ended.
-const GOODBYE: Duration = Duration::from_secs(5);
-
 /// What an exit asks for.
 #[derive(Debug)]
 pub enum Action {
@@ -64,12 +61,14 @@ pub enum Action {
 }
 
 impl Instance {
-    /// Runs the leader, and ends the process's life as an instance when it returns.
-    pub fn run_leader(&self, vcpu: Vcpu, first: Action) -> i32 {
+    /// Runs the leader to the end of the process.
+    pub fn run_leader(&self, vcpu: Vcpu, first: Action) -> ! {
         self.run_vcpu(vcpu, first);
-        // The control thread ends the process when the owner has been told.
-        std::thread::sleep(GOODBYE);
-        self.exit_code.load(Ordering::SeqCst)
+        // The control thread ends the process when the owner has been told how the instance ended,
+        // however slowly that reads: otherwise it would take it for killed.
+        loop {
+            std::thread::park();
+        }
     }
 
     /// Runs a vCPU until the instance ends. `first` is what its last exit asked for.

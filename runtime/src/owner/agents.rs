@@ -311,7 +311,11 @@ mod tests {
 
     impl Calls {
         fn new() -> Self {
-            let shared = Shared::new(Box::new(|_, _| {}), super::super::state::Memory::Everything);
+            let shared = Shared::new(
+                Box::new(|_, _| {}),
+                super::super::state::Memory::Everything,
+                Path::new("."),
+            );
             let shared = shared.expect("an owner's state");
             let folder = tempfile::tempdir().expect("a folder");
             let agents = Agents::start(&shared, folder.path()).expect("it listens");
@@ -323,7 +327,8 @@ mod tests {
             let number = self.shared.adopt(ours, Some(std::process::id())).expect("it is open");
             let uuid = Uuid::new_v4();
             let pid = std::process::id().cast_signed();
-            let hello = crate::proto::Event::Hello { uuid, parent, pid, vcpus: 1, memory_mib: 1 };
+            let (vcpus, memory_mib, linux) = (1, 1, true);
+            let hello = crate::proto::Event::Hello { uuid, parent, pid, vcpus, memory_mib, linux };
             assert!(self.shared.event(number, hello));
             uuid
         }

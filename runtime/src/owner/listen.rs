@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, p
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::state::Shared;
+use super::state::{Shared, TURNED_AWAY};
 use crate::instance::READY;
 use crate::proto::{Envelope, MAX_MESSAGE};
 use crate::sys::{self, SysError};
@@ -105,10 +105,7 @@ fn accept(shared: &Shared, socket: &OwnedFd, spare: &mut Option<OwnedFd>) {
                     std::thread::sleep(FULL);
                 } else {
                     drop(rustix::net::accept_with(socket, SocketFlags::CLOEXEC));
-                    shared.note(
-                        "an instance was turned away and ends: no descriptor is left; raise \
-                         RLIMIT_NOFILE (`nofile` in /etc/security/limits.conf)",
-                    );
+                    shared.note(TURNED_AWAY);
                 }
                 *spare = spare_descriptor();
                 return;

@@ -43,15 +43,15 @@ use root::Root;
 pub use state::{CONSOLE, Known, Listener};
 use state::{Memory, Shared};
 
-use crate::agent::{self, Agent, AgentError};
+use crate::agent::{Agent, AgentError};
 use crate::fork::ForkReport;
 use crate::proto::{Envelope, InstanceConfig, Reply, Request, WireStep};
 use crate::sys::{self, SysError};
 
 /// How long killed instances may take to be gone.
 const GOODBYE: Duration = Duration::from_secs(10);
-/// How soon a child calls that lives.
-const CALLS: Duration = Duration::from_secs(5);
+/// How soon a child calls that lives, on the busiest host.
+const CALLS: Duration = Duration::from_secs(20);
 /// How long a request may take unless said otherwise.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Bytes that are typed with one request.
@@ -99,7 +99,7 @@ impl Owner {
     fn make(listener: Listener, memory: Memory) -> Result<Self, SysError> {
         let folder = Folder::new()?;
         let socket = listen::socket(&folder.path().join("owner"))?;
-        let shared = Shared::new(listener, memory)?;
+        let shared = Shared::new(listener, memory, folder.path())?;
         listen::start(&shared, socket)?;
         Ok(Self { shared, folder, roots: Mutex::default(), agents: Mutex::default() })
     }
@@ -213,24 +213,21 @@ impl Owner {
     ///
     /// The step that failed ([`OwnerError::fork_failure`]), what the agent says, or that there is none.
     pub fn branch(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
-        let socket = agent::socket_of(self.folder.path(), uuid);
-        if !socket.exists() {
+        if !self.with(uuid, |known| known.linux)? {
             return self.branch_unaware(uuid, children);
         }
         let mut made = Vec::new();
         for _ in 0..children {
-            let child = match Agent::connect(&socket) {
-                Err(AgentError::NoAgent) => Err(OwnerError::Unaware),
+            let child = match Agent::connect(self.folder.path(), uuid) {
+                // Its socket may have been taken away.
+                Err(AgentError::NoAgent | AgentError::NoSocket { .. }) => Err(OwnerError::Unaware),
                 Err(error) => Err(error.into()),
                 Ok(agent) => agent.fork().map_err(OwnerError::from),
             };
-            match child.and_then(|child| self.called(child, uuid)) {
+            match child.and_then(|child| self.called(child, uuid, PATIENCE)) {
                 Ok(child) => made.push(child),
                 Err(error) => {
-                    for child in made {
-                        // It may have ended by itself.
-                        self.kill(child).unwrap_or(());
-                    }
+                    self.kill_all(&made);
                     return Err(error);
                 }
             }
@@ -238,11 +235,18 @@ impl Owner {
         Ok(made)
     }
 
-    /// Waits for a child of `parent`, which is what a guest says that it is.
-    fn called(&self, child: Uuid, parent: Uuid) -> Result<Uuid, OwnerError> {
-        self.wait_for(child, PATIENCE)?;
+    /// Waits for a child of `parent`, which is what a guest says that it is. One that is late is killed.
+    fn called(&self, child: Uuid, parent: Uuid, time: Duration) -> Result<Uuid, OwnerError> {
+        self.wait_for(child, time).inspect_err(|_| self.shared.state().unwelcome(child))?;
         let known = self.with(child, |known| known.parent)?;
         if known == Some(parent) { Ok(child) } else { Err(OwnerError::Unknown(child)) }
+    }
+
+    fn kill_all(&self, instances: &[Uuid]) {
+        for instance in instances {
+            // It may have ended by itself.
+            self.kill(*instance).unwrap_or(());
+        }
     }
 
     /// As [`Owner::branch`], but nobody in the guest is asked or told: a Linux child has its parent's
@@ -250,19 +254,20 @@ impl Owner {
     ///
     /// # Errors
     ///
-    /// The step that failed.
+    /// The step that failed, or that a child has not called: then all of them are killed.
     pub fn branch_unaware(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
-        match self.ask(uuid, Request::Branch { children })? {
-            Reply::Forked { children } => {
-                for child in &children {
-                    // Whoever hears of it asks for it next. One that is killed before it calls never
-                    // does.
-                    drop(self.wait_for(*child, CALLS));
-                }
-                Ok(children)
+        let Reply::Forked { children } = self.ask(uuid, Request::Branch { children })? else {
+            return Ok(Vec::new());
+        };
+        for child in &children {
+            // Whoever hears of it asks for it next. One that was killed meanwhile never calls, nor one
+            // that this process has no descriptor for.
+            if let Err(error) = self.called(*child, uuid, CALLS) {
+                self.kill_all(&children);
+                return Err(error);
             }
-            _ => Ok(Vec::new()),
         }
+        Ok(children)
     }
 
     /// Types on the console of a Linux guest (`/dev/hvc0`); returns how many of the bytes there was
@@ -387,7 +392,7 @@ impl Owner {
         if let Some(ended) = self.with(uuid, |known| known.ended(uuid))? {
             return Err(ended);
         }
-        let agent = Agent::connect(&agent::socket_of(self.folder.path(), uuid))?;
+        let agent = Agent::connect(self.folder.path(), uuid)?;
         let before =
             self.with(uuid, |known| std::mem::replace(&mut known.status, Status::Draining))?;
         if let Err(error) = agent.terminate() {

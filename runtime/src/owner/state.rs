@@ -1,7 +1,8 @@
 //! What an owner knows of its instances.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use uuid::Uuid;
 
 use super::probes::Watch;
 use super::{OwnerError, listen};
+use crate::agent::socket_of;
 use crate::fork::ForkReport;
 use crate::proto::{Envelope, Event, Failure, Reply, Request};
 use crate::sys::SysError;
@@ -33,6 +35,8 @@ pub struct Known {
     pub vcpus: u32,
     /// Guest RAM.
     pub memory_mib: u32,
+    /// Whether its guest is Linux.
+    pub linux: bool,
     /// When it called, in seconds since the epoch.
     pub created: u64,
     /// When it called, in nanoseconds of the monotonic clock.
@@ -71,6 +75,7 @@ impl Known {
             pid,
             vcpus: 0,
             memory_mib: 0,
+            linux: false,
             created: crate::sys::realtime_ns() / 1_000_000_000,
             called_ns: crate::sys::now_ns(),
             results: HashMap::new(),
@@ -122,6 +127,8 @@ pub(super) struct State {
     instances: HashMap<Uuid, Known>,
     next: u64,
     next_request: u64,
+    /// Children that were waited for in vain: who asked for them was told that they were not made.
+    unwelcome: HashSet<Uuid>,
     /// In the order in which they ended, if only some are kept.
     ended: VecDeque<Uuid>,
     /// What was counted of instances that have ended, all together.
@@ -140,6 +147,8 @@ pub(super) struct Shared {
     pub(super) settling: OwnedFd,
     listener: Listener,
     memory: Memory,
+    /// Where the sockets of its instances are.
+    folder: PathBuf,
     pub(super) watch: Watch,
 }
 
@@ -158,6 +167,9 @@ pub(super) const KILLED: i32 = 137;
 pub const CONSOLE: usize = 32 << 20;
 /// Ended instances that an owner with a little memory still knows.
 const KEEP_ENDED: usize = 1024;
+/// What is said when an instance is not listened to.
+pub(super) const TURNED_AWAY: &str = "an instance was turned away and ends: no descriptor is left; \
+    raise RLIMIT_NOFILE (`nofile` in /etc/security/limits.conf)";
 /// Longest wait for the listening thread.
 const SETTLE_TIME: Duration = Duration::from_secs(5);
 
@@ -168,14 +180,18 @@ impl std::fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub(super) fn new(listener: Listener, memory: Memory) -> Result<Arc<Self>, SysError> {
+    pub(super) fn new(
+        listener: Listener,
+        memory: Memory,
+        folder: &Path,
+    ) -> Result<Arc<Self>, SysError> {
         let epoll =
             epoll::create(epoll::CreateFlags::CLOEXEC).map_err(SysError::new("epoll_create"))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let settling = eventfd(0, flags).map_err(SysError::new("eventfd"))?;
         let state = Mutex::new(State { next: 1, ..State::default() });
-        let (changed, watch) = (Condvar::new(), Watch::default());
-        Ok(Arc::new(Self { state, changed, epoll, settling, listener, memory, watch }))
+        let (changed, watch, folder) = (Condvar::new(), Watch::default(), folder.to_owned());
+        Ok(Arc::new(Self { state, changed, epoll, settling, listener, memory, folder, watch }))
     }
 
     /// Returns when everything is heard that was said before the call.
@@ -283,7 +299,16 @@ impl Shared {
             self.watch.track_relative(pid.cast_unsigned());
         }
         let mut state = self.state();
-        let Ok(from) = state.event(number, &event) else { return false };
+        let from = match state.event(number, &event) {
+            Ok(from) => from,
+            Err(refused) => {
+                drop(state);
+                if matches!(refused, Refused::Full) {
+                    self.note(TURNED_AWAY);
+                }
+                return false;
+            }
+        };
         if let Some(uuid) = from {
             drop(state);
             (self.listener)(uuid, &event);
@@ -315,6 +340,10 @@ impl Shared {
             // Without this the descriptor would stay in the set until its last copy is closed.
             epoll::delete(&self.epoll, &*connection.socket).unwrap_or(());
             if let Some(uuid) = connection.uuid {
+                if state.instances.get(&uuid).is_some_and(|known| known.linux) {
+                    // One that was killed leaves it behind.
+                    std::fs::remove_file(socket_of(&self.folder, uuid)).unwrap_or(());
+                }
                 state.end(uuid, self.memory);
             } else if connection.asked_for {
                 let exit = connection.exit.clone().or(Some((KILLED, None)));
@@ -392,6 +421,13 @@ impl State {
         }
     }
 
+    /// It is not listened to, and so ends, should it call after all.
+    pub(super) fn unwelcome(&mut self, child: Uuid) {
+        if !self.instances.contains_key(&child) {
+            self.unwelcome.insert(child);
+        }
+    }
+
     pub(super) fn kill_all(&mut self) {
         for known in self.instances.values().filter(|known| !known.gone) {
             known.kill();
@@ -406,22 +442,23 @@ impl State {
     fn event(&mut self, number: u64, event: &Event) -> Result<Option<Uuid>, Refused> {
         let Some(connection) = self.connections.get_mut(&number) else { return Ok(None) };
         match event {
-            Event::Hello { uuid, parent, pid, vcpus, memory_mib } => {
+            Event::Hello { uuid, parent, pid, vcpus, memory_mib, linux } => {
                 let again = connection.uuid.is_some() || self.instances.contains_key(uuid);
-                if again || *pid != connection.peer {
-                    return Err(Refused);
+                if again || *pid != connection.peer || self.unwelcome.remove(uuid) {
+                    return Err(Refused::Untrue);
                 }
-                let process = Pid::from_raw(*pid).ok_or(Refused)?;
+                let process = Pid::from_raw(*pid).ok_or(Refused::Untrue)?;
                 let process = match pidfd_open(process, PidfdFlags::empty()) {
                     Ok(process) => Some(process),
                     // It has ended already.
                     Err(Errno::SRCH) => None,
-                    Err(_) => return Err(Refused),
+                    Err(Errno::MFILE | Errno::NFILE) => return Err(Refused::Full),
+                    Err(_) => return Err(Refused::Untrue),
                 };
                 connection.uuid = Some(*uuid);
-                let (vcpus, memory_mib) = (*vcpus, *memory_mib);
+                let (vcpus, memory_mib, linux) = (*vcpus, *memory_mib, *linux);
                 let made = Known::made(*parent, *pid, number);
-                let known = Known { vcpus, memory_mib, process, ..made };
+                let known = Known { vcpus, memory_mib, linux, process, ..made };
                 self.instances.insert(*uuid, known);
             }
             Event::Exited { code, reason } => connection.exit = Some((*code, reason.clone())),
@@ -431,9 +468,14 @@ impl State {
     }
 }
 
-/// An instance is not taken for what it says that it is.
+/// An instance is not listened to.
 #[derive(Debug)]
-struct Refused;
+enum Refused {
+    /// It is not what it says that it is.
+    Untrue,
+    /// It could not be ended: there is no descriptor left for its process.
+    Full,
+}
 
 impl Known {
     fn keep(&mut self, event: Event, memory: Memory) {
@@ -475,14 +517,14 @@ mod tests {
 
     fn hello(uuid: Uuid, pid: u32) -> Event {
         let pid = pid.cast_signed();
-        Event::Hello { uuid, parent: None, pid, vcpus: 1, memory_mib: 1 }
+        Event::Hello { uuid, parent: None, pid, vcpus: 1, memory_mib: 1, linux: false }
     }
 
     /// Who says hello decides whom `kill` kills.
     #[test]
     fn an_instance_is_no_other_process_and_no_other_instance() {
-        let shared =
-            Shared::new(Box::new(|_, _| {}), Memory::Everything).expect("an owner's state");
+        let shared = Shared::new(Box::new(|_, _| {}), Memory::Everything, Path::new("."))
+            .expect("an owner's state");
         let own = std::process::id();
         let call =
             |pid| shared.adopt(sys::socket_pair().expect("sockets").0, pid).expect("it is open");

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_image::Built;
 use nested_host::image::{self, File};
 use nested_host::{CHECK, FILES};
-use runtime::agent::{Agent, Command, Said, socket_of};
+use runtime::agent::{Agent, Command, Said};
 use runtime::owner::Owner;
 use runtime::proto::InstanceConfig;
 use serde_json::json;
@@ -194,7 +194,7 @@ impl Guest {
 
     /// A connection to the agent of an instance.
     pub fn agent(&self, instance: Uuid) -> Result<Agent> {
-        Ok(Agent::connect(&socket_of(self.owner.folder(), instance))?)
+        Ok(Agent::connect(self.owner.folder(), instance)?)
     }
 
     /// Runs a program; without input, unless `input` gives some.

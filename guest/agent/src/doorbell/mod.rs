@@ -7,6 +7,8 @@ use std::io;
 use guest_abi::port::answer;
 use uuid::Uuid;
 
+const EIO: u32 = 5;
+
 /// Words of the answer that the agent reads: those before the list of children. It asks for one
 /// child at a time, and that one's UUID is among them.
 pub type Words = [u32; answer::WORDS];
@@ -92,7 +94,12 @@ impl Outcome {
         }
         if words[answer::ROLE] == 0 {
             let uuid = |at| Uuid::from_bytes(part(&bytes, at));
-            return Self::Parent { child: uuid(answer::CHILD_UUID), own: uuid(answer::OWN_UUID) };
+            let (child, own) = (uuid(answer::CHILD_UUID), uuid(answer::OWN_UUID));
+            if child.is_nil() {
+                // Nobody has answered: a child's UUID of zeroes would tell the parent that it is the child.
+                return Self::Failed { errno: EIO, step: 0 };
+            }
+            return Self::Parent { child, own };
         }
         Self::Child(Identity {
             uuid: Uuid::from_bytes(part(&bytes, answer::OWN_UUID)),
@@ -154,6 +161,16 @@ mod tests {
         let mut words = words();
         (words[answer::STATUS], words[answer::FAILED_STEP]) = (12, 4);
         assert!(matches!(Outcome::of(&words), Outcome::Failed { errno: 12, step: 4 }));
+    }
+
+    #[test]
+    fn no_answer_is_no_fork() {
+        for word in [0, u32::MAX] {
+            assert!(matches!(Outcome::of(&[word; answer::WORDS]), Outcome::Failed { .. }));
+        }
+        let mut words = words();
+        words.iter_mut().skip(answer::CHILD_UUID).take(4).for_each(|word| *word = 0);
+        assert!(matches!(Outcome::of(&words), Outcome::Failed { errno: EIO, .. }));
     }
 
     proptest! {

@@ -7,6 +7,8 @@ use std::io;
 
 use guest_abi::port::{ANNOUNCE, CLOCK, EXIT, FORK, READY, answer};
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+
 use super::{Doorbell, Words};
 
 /// First port, and how many there are.
@@ -57,8 +59,11 @@ impl Doorbell for Ports {
     fn fork(&self) -> io::Result<Words> {
         let permission = Self::permit()?;
         let mut words = [0; answer::WORDS];
+        // The answer is for the processor that asked.
+        let pinned = Pinned::here()?;
         write(permission, FORK, 1);
         read(permission, FORK, &mut words);
+        drop(pinned);
         Ok(words)
     }
 
@@ -80,6 +85,31 @@ impl Doorbell for Ports {
             // Nothing is there, or what there is has no clock.
             0 | u64::MAX => Err(io::ErrorKind::Unsupported.into()),
             ns => Ok(ns),
+        }
+    }
+}
+
+/// This thread stays on its processor, until this goes.
+struct Pinned(Option<CpuSet>);
+
+impl Pinned {
+    fn here() -> io::Result<Self> {
+        let allowed = sched_getaffinity(None)?;
+        if allowed.count() < 2 {
+            return Ok(Self(None));
+        }
+        let mut here = CpuSet::new();
+        here.set(sched_getcpu());
+        sched_setaffinity(None, &here)?;
+        Ok(Self(Some(allowed)))
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Some(allowed) = &self.0 {
+            // It was allowed before.
+            sched_setaffinity(None, allowed).unwrap_or_default();
         }
     }
 }

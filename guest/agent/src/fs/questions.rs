@@ -17,8 +17,11 @@ use crate::state::Constants;
 /// How long the host may take to tell about a child.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// For so long after a fork the host may not know the child yet, and is asked again now and then.
-const AMNESTY: Duration = Duration::from_secs(3);
+/// The host itself waits for some seconds before it says so, and on a busy one a child may be late.
+const AMNESTY: Duration = Duration::from_secs(8);
 const AGAIN: Duration = Duration::from_millis(100);
+/// When too many ends are waited for, the next are asked for after this time.
+const LATER: Duration = Duration::from_secs(2);
 
 /// A read of something that only the host knows.
 pub(super) struct Asked {
@@ -125,7 +128,12 @@ impl Service {
                 return;
             }
             Err(HostError::Unknown) => inner.machine.children.disown(child),
-            Err(HostError::OfParent | HostError::TooMany) => return,
+            Err(HostError::TooMany) => {
+                inner.again.push((since_boot().saturating_add(LATER), Again::Wait(child)));
+                self.tick.notify_one();
+                return;
+            }
+            Err(HostError::OfParent) => return,
         }
         let is_there = inner.machine.children.get(child).is_ok();
         let (let_go, stay) =

@@ -54,6 +54,8 @@ pub(super) struct Waiter {
 /// Behind the lock.
 pub(super) struct Inner {
     pub(super) machine: Machine<ForkRequest>,
+    /// Who this was before the last fork in which it became a child.
+    former: Uuid,
     pub(super) handles: Handles,
     pub(super) serial: u32,
     /// The thread whose open file is the barrier, and that file.
@@ -91,6 +93,7 @@ impl Service {
     pub fn new(queue: usize, retention: Duration) -> Arc<Self> {
         let inner = Inner {
             machine: Machine::new(queue, retention),
+            former: Uuid::nil(),
             handles: Handles::default(),
             serial: 0,
             barrier_tid: None,
@@ -130,6 +133,12 @@ impl Service {
     pub fn identity(&self) -> (Uuid, u64) {
         let inner = self.lock();
         (inner.machine.own(), inner.machine.generation())
+    }
+
+    /// Whether this machine is a child of `uuid`, and was that before. Asked after [`Service::settle`].
+    #[must_use]
+    pub fn was(&self, uuid: Uuid) -> bool {
+        !uuid.is_nil() && self.lock().former == uuid
     }
 
     /// Waits until it is known which machine this is, if a fork is in progress: what is done before
@@ -240,6 +249,7 @@ impl Service {
     pub(crate) fn became_child(&self, own: Uuid, generation: u64, (tid, tgid): (u32, u32)) {
         let mut guard = self.lock();
         let inner = &mut *guard;
+        inner.former = inner.machine.own();
         inner.passing = inner.barrier.take();
         let barrier = inner.passing.is_some();
         let machine = &mut inner.machine;

@@ -23,7 +23,7 @@ use super::{Host, HostError, Then};
 use crate::console::{chain, say};
 use crate::sync::{lock, wait};
 
-/// Most open questions.
+/// Most ends that are waited for; twice as many questions in all.
 const QUESTIONS: usize = 4096;
 /// How long the host may leave its end of the connection full.
 const SEND_LIMIT: Duration = Duration::from_millis(200);
@@ -155,7 +155,9 @@ impl Client {
 
     fn ask(&self, uuid: Uuid, open: Open) {
         let mut line = lock(&self.line.0);
-        if line.questions.len() >= QUESTIONS {
+        // How a child is can be asked for while the ends of all others are waited for.
+        let most = if matches!(open, Open::Wait(_)) { QUESTIONS } else { QUESTIONS * 2 };
+        if line.questions.len() >= most {
             drop(line);
             return open.give_up(HostError::TooMany);
         }

@@ -24,12 +24,22 @@ impl Ending {
 
     /// Ends it.
     pub fn end(&self, code: u8) -> ! {
+        self.end_with(code, rustix::fs::sync)
+    }
+
+    /// Ends it without writing files back: that may wait for programs that stand still, and this machine
+    /// is one that must not be.
+    pub fn end_at_once(&self, code: u8) -> ! {
+        self.end_with(code, || {})
+    }
+
+    fn end_with(&self, code: u8, sync: impl FnOnce()) -> ! {
         // Held for good: others that want to end it wait here.
         let doorbell = lock(&self.doorbell);
         // Not everything is a terminal.
         tcdrain(rustix::stdio::stdout()).unwrap_or_default();
         tcdrain(rustix::stdio::stderr()).unwrap_or_default();
-        rustix::fs::sync();
+        sync();
         if let Some(doorbell) = doorbell.as_ref()
             && let Err(error) = doorbell.exit(code)
         {

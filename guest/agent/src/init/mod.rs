@@ -147,7 +147,7 @@ fn serve_libukp(
     // It is mounted as long as the machine runs.
     std::mem::forget(session);
     let ending = ending.clone();
-    let fatal = Box::new(move || ending.end(NOT_UNIQUE));
+    let fatal = Box::new(move || ending.end_at_once(NOT_UNIQUE));
     let doorbell = doorbell.clone();
     Forker { service: service.clone(), doorbell, renew: machine, freezer, fatal }
         .start(mounted)

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guest_wire::{
-    FrameError, Kind, Reply, Request, WorkloadState, read_control, write_control, write_frame,
+    Call, FrameError, Kind, Reply, Request, WorkloadState, read_control, write_control, write_frame,
 };
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
@@ -102,8 +102,8 @@ impl Server {
         limit(None).map_err(io::Error::from)?;
         let connection =
             Connection { reader: Arc::new(reader), writer: Arc::new(Mutex::new(stream.into())) };
-        let request = match request {
-            Ok(Some(request)) => request,
+        let Call { to, request } = match request {
+            Ok(Some(call)) => call,
             Ok(None) => return Ok(()),
             Err(error) => {
                 let message = chain(&error);
@@ -117,6 +117,10 @@ impl Server {
         }
         // Another processor of a child may be here before the child is another machine.
         self.service.settle();
+        if self.service.was(to) {
+            // The parent does it, and has the connection: this end of it is about to be reset.
+            return Ok(());
+        }
         match request {
             Request::Ping => {
                 let (uuid, generation) = self.service.identity();

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use guest_agent::reaper::Reaper;
 use guest_agent::serve::Server;
-use guest_wire::{Reply, Request, WorkloadState, read_control, write_control};
+use guest_wire::{
+    Call, Kind, Reply, Request, WorkloadState, read_control, write_control, write_frame,
+};
 use uuid::Uuid;
 
 use crate::Case;
@@ -167,12 +169,16 @@ fn who_asks_meanwhile_is_answered_afterwards() -> Result<()> {
         libukp: rig.at.clone(),
         requests: AtomicUsize::new(0),
     });
-    let ask = || -> Result<UnixStream> {
+    let call = |to, request| -> Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         server.accept(theirs.into());
-        write_control(&mut &ours, &Request::Ping)?;
+        write_control(&mut &ours, &Call { to, request })?;
         Ok(ours)
     };
+    let ask = || call(Uuid::nil(), Request::Ping);
+    let file = std::env::temp_dir().join(Uuid::new_v4().to_string());
+    let write = || Request::Write { path: file.to_string_lossy().into_owned(), mode: 0o600 };
+    rig.service.welcomed(Uuid::new_v4());
     let answer = |from: &UnixStream, limit| {
         from.set_read_timeout(Some(limit))?;
         match read_control(&mut &*from)? {
@@ -186,14 +192,25 @@ fn who_asks_meanwhile_is_answered_afterwards() -> Result<()> {
             let forking = scope.spawn(|| fs::write(rig.path("fork"), "1"));
             until("the doorbell rings", || rig.bell.rung.load(Ordering::SeqCst) > rung)?;
             let asked = ask()?;
+            // What is asked of a parent is not done in its child, too.
+            let of_parent = call(rig.service.identity().0, write())?;
             let early = answer(&asked, Duration::from_millis(50));
             rig.next(Fork::Become(own, 1));
             ensure!(early.is_err(), "it was answered before it was known by whom: {early:?}");
             forking.join().map_err(|_| anyhow::anyhow!("panicked"))??;
             ensure!(answer(&asked, LIMIT)? == own);
+            of_parent.set_read_timeout(Some(LIMIT))?;
+            let answered = read_control::<Reply>(&mut &of_parent)?;
+            ensure!(answered.is_none() && !file.exists(), "the child answered {answered:?}");
             Ok(())
         })?;
     }
+    // The child is asked by its own name.
+    let written = call(rig.service.identity().0, write())?;
+    write_frame(&mut &written, Kind::Data, &[])?;
+    written.set_read_timeout(Some(LIMIT))?;
+    ensure!(read_control::<Reply>(&mut &written)? == Some(Reply::Done));
+    fs::remove_file(&file)?;
     let own = rig.service.identity().0;
     // A fork that gives a child, or fails, is over, too.
     rig.fork()?;

@@ -351,6 +351,12 @@ impl Connection {
         }
     }
 
+    /// Whether the guest has said that it will write no more.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.guest_shutdown & shutdown::SEND != 0
+    }
+
     /// Whether all is said: both ends are done, or one is gone.
     #[must_use]
     pub fn is_over(&self) -> bool {

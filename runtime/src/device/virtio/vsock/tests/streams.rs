@@ -170,15 +170,25 @@ fn what_the_guest_wrote_before_it_left_is_read_by_a_slow_host() {
     let mut guest = Guest::new(&folder.0, LINUX);
     let (mut host, end) = guest.accept(&folder.0, 1, 1000);
     let data = noise(300_000, 9);
+    let (left, has_left) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(100));
         let mut all = Vec::new();
+        // So slowly that there is something left to be read when the guest has left.
+        while has_left.try_recv().is_err() {
+            let mut some = [0; 1000];
+            host.read_exact(&mut some).expect("the guest has not left");
+            all.extend(some);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Longer than anything else is waited for.
+        std::thread::sleep(Duration::from_secs(11));
         host.read_to_end(&mut all).expect("the end of file");
         all
     });
     guest.send_all(&end, &data, 4096);
     guest.send(end.header(op::SHUTDOWN, shutdown::BOTH), &[]);
     guest.send(end.header(op::RST, 0), &[]);
+    left.send(()).expect("it reads");
     assert!(reader.join().expect("read") == data);
 }
 
