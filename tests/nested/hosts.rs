@@ -22,7 +22,7 @@ use super::{INSIDE, Inside, cases, lacks, linux};
 /// Begins the line that says what became of a test.
 const TOLD: &str = "@ukp-test ";
 /// How long the host may take, boot and all tests: more than twice what it takes on a quiet machine.
-const LIMIT: Duration = Duration::from_mins(15);
+const LIMIT: Duration = Duration::from_mins(25);
 /// And for each child that is asked for besides.
 const LIMIT_EACH: Duration = Duration::from_secs(5);
 

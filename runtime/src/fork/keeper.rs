@@ -38,7 +38,7 @@ const ROUND_SHARE: u32 = 8;
 /// fork, which a round cannot change; what it costs is a fault for each of them. At least three of
 /// four are, so a fork finds at most 1.75 times the pages (1 + 3/4) for rounds that are 4 times rarer.
 const ROUND_SHARE_HOT: u32 = 32;
-const ROUND_MAX_HOT: Duration = Duration::from_secs(2);
+const ROUND_MAX_HOT: Duration = Duration::from_secs(8);
 /// The first one after a fork: a guest that has just forked is about to write.
 const ROUND_AFTER_FORK: Duration = Duration::from_millis(4);
 /// Pause after a standby could not be made, unless a fork waits for one.

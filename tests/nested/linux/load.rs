@@ -55,6 +55,7 @@ fn hear(mut from: &UnixStream) -> Result<u64> {
 /// ways: each goes on as if nothing had happened, in the parent and in the child, where the
 /// connection is no more.
 fn load() -> Result<()> {
+    super::guest::end_frozen();
     let guest = two()?;
     let path = guest.owner.folder().join(format!("port_{PORT}"));
     let listener = UnixListener::bind(&path).context("listening")?;

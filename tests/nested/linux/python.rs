@@ -89,6 +89,7 @@ fn story() -> Result<&'static Story> {
 }
 
 fn happens() -> Result<Story> {
+    super::guest::end_two();
     let guest = python()?;
     guest.agent(guest.root)?.write("/tmp/shop.py", 0o644, &mut &*PROGRAM)?;
     let (line, _lines) = channel();
