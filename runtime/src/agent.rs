@@ -68,8 +68,8 @@ pub fn socket_of(folder: &Path, instance: Uuid) -> PathBuf {
 #[derive(Debug)]
 pub struct Agent {
     stream: UnixStream,
-    /// Whose it is.
-    instance: Uuid,
+    /// Where its socket is, and whose it is.
+    at: (PathBuf, Uuid),
 }
 
 /// What to run.
@@ -126,7 +126,7 @@ impl Agent {
         if !line.starts_with(b"OK ") {
             return Err(AgentError::NoAgent);
         }
-        Ok(Self { stream, instance })
+        Ok(Self { stream, at: (folder.to_owned(), instance) })
     }
 
     /// A door for the fuzz targets: a connection that was made already.
@@ -134,7 +134,7 @@ impl Agent {
     #[doc(hidden)]
     #[must_use]
     pub fn over(stream: UnixStream) -> Self {
-        Self { stream, instance: Uuid::nil() }
+        Self { stream, at: <_>::default() }
     }
 
     /// Who is there: UUID and generation, as the guest knows them.
@@ -181,13 +181,24 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// What became of the connection.
+    /// Why it does not run, or what became of the connection.
     pub fn exec(mut self, command: &Command) -> Result<Running, AgentError> {
         let Command { argv, env, cwd, tty } = command.clone();
         self.ask(Request::Exec { argv, env, cwd, tty })?;
-        // It may be silent for as long as it runs.
+        // A fork of the guest comes first, and it may be silent for as long as it runs.
         self.stream.set_read_timeout(None).map_err(|error| AgentError::Lost(error.into()))?;
-        Ok(Running(self))
+        match self.reply()? {
+            Reply::Started { pid } => Ok(Running { agent: self, pid }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn signal(mut self, pid: u32, number: i32) -> Result<(), AgentError> {
+        self.ask(Request::Signal { pid, number })?;
+        match self.reply()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Writes a file in the guest.
@@ -240,7 +251,7 @@ impl Agent {
     }
 
     fn ask(&mut self, request: Request) -> Result<(), AgentError> {
-        let call = Call { to: self.instance, request };
+        let call = Call { to: self.at.1, request };
         write_control(&mut self.stream, &call).map_err(AgentError::Lost)
     }
 
@@ -256,7 +267,11 @@ impl Agent {
 
 /// A program that runs in a guest.
 #[derive(Debug)]
-pub struct Running(Agent);
+pub struct Running {
+    agent: Agent,
+    /// Its process id in the guest.
+    pid: u32,
+}
 
 impl Running {
     /// The way to its input, from any thread.
@@ -265,7 +280,13 @@ impl Running {
     ///
     /// If there is no descriptor left.
     pub fn input(&self) -> Result<ProgramInput, AgentError> {
-        self.0.stream.try_clone().map(ProgramInput).map_err(AgentError::Local)
+        self.agent.stream.try_clone().map(ProgramInput).map_err(AgentError::Local)
+    }
+
+    /// The way to send it signals, from any thread.
+    #[must_use]
+    pub fn signals(&self) -> ProgramSignals {
+        ProgramSignals { at: self.agent.at.clone(), pid: self.pid }
     }
 
     /// What it says next.
@@ -274,7 +295,7 @@ impl Running {
     ///
     /// What became of it.
     pub fn hear(&mut self) -> Result<Said, AgentError> {
-        let frame = self.0.frame()?;
+        let frame = self.agent.frame()?;
         match frame.kind {
             Kind::Stdout => Ok(Said::Out(frame.payload)),
             Kind::Stderr => Ok(Said::Err(frame.payload)),
@@ -283,6 +304,25 @@ impl Running {
                 other => Err(unexpected(&other)),
             },
         }
+    }
+}
+
+/// Sends signals to a program, whether it reads its input or not.
+#[derive(Clone, Debug)]
+pub struct ProgramSignals {
+    at: (PathBuf, Uuid),
+    pid: u32,
+}
+
+impl ProgramSignals {
+    /// Sends a signal to the program's process group, if it has not ended.
+    ///
+    /// # Errors
+    ///
+    /// That there is no such signal, or what became of the connection.
+    pub fn send(&self, number: i32) -> Result<(), AgentError> {
+        let (folder, instance) = &self.at;
+        Agent::connect(folder, *instance)?.signal(self.pid, number)
     }
 }
 
@@ -300,7 +340,7 @@ impl ProgramInput {
         write_frame(&mut self.0, Kind::Data, bytes).map_err(AgentError::Lost)
     }
 
-    /// Sends a signal or a new size of the terminal.
+    /// Sends a new size of the terminal.
     ///
     /// # Errors
     ///

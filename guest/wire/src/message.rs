@@ -137,7 +137,7 @@ pub enum Request {
     /// Who are you? Answered with [`Reply::Pong`].
     Ping,
     /// Run a program. Data frames are its input, an empty one closes that; [`Input`] may come too.
-    /// Answered with output frames and [`Reply::Exited`].
+    /// Answered with [`Reply::Started`], output frames and [`Reply::Exited`].
     Exec {
         /// Program and arguments.
         argv: Vec<String>,
@@ -168,6 +168,15 @@ pub enum Request {
     /// Fork, as a program in the guest does. Answered with [`Reply::Forked`], in the parent: the
     /// child does not have this connection.
     Fork,
+    /// Send a signal to the process group of a program that was started by [`Request::Exec`]. On a
+    /// connection of its own: on the program's it would wait behind input that nobody reads. Answered
+    /// with [`Reply::Done`], also if the program has ended.
+    Signal {
+        /// The program.
+        pid: u32,
+        /// Number of the signal.
+        number: i32,
+    },
     /// End the workload: its process group gets SIGTERM. Answered with [`Reply::Done`]; the machine
     /// ends when the workload does.
     Terminate,
@@ -177,11 +186,6 @@ pub enum Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Input {
-    /// Send a signal to the program's process group.
-    Signal {
-        /// Its number.
-        number: i32,
-    },
     /// The terminal has a new size.
     Resize(Terminal),
 }
@@ -219,6 +223,11 @@ pub enum Reply {
     Forked {
         /// Its UUID.
         uuid: Uuid,
+    },
+    /// The program runs.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
     },
     /// The program has ended and its output was sent.
     Exited {

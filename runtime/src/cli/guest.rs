@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use guest_wire::{Input, Terminal};
 use ratatui::crossterm::terminal;
-use runtime::agent::{Agent, AgentError, Command, ProgramInput, Running, Said};
+use runtime::agent::{Agent, AgentError, Command, ProgramInput, ProgramSignals, Running, Said};
 use runtime::sys;
 
 use super::args::{CpArgs, ExecArgs};
@@ -39,7 +39,7 @@ pub fn exec(args: &ExecArgs) -> Result<u8, CliError> {
     let running = agent.exec(&command)?;
     let raw = args.tty.then(Raw::enter).transpose()?;
     pass_input(&running, args)?;
-    pass_signals(running.input()?, signals, args.tty);
+    pass_signals(running.input()?, running.signals(), signals, args.tty);
     let code = pass_output(running);
     drop(raw);
     code
@@ -97,15 +97,14 @@ fn pass_input(running: &Running, args: &ExecArgs) -> Result<(), CliError> {
     })
 }
 
-fn pass_signals(mut input: ProgramInput, signals: Signals, tty: bool) {
+fn pass_signals(mut input: ProgramInput, to: ProgramSignals, signals: Signals, tty: bool) {
     let pass = move || {
         // Where there is no terminal, asking for its size starts programs.
         let mut size = tty.then(size_of_terminal);
         loop {
-            if let Some(number) = signals.wait(LOOK)
-                && input.tell(Input::Signal { number }).is_err()
-            {
-                return;
+            if let Some(number) = signals.wait(LOOK) {
+                // Otherwise it has ended, or its machine has.
+                to.send(number).unwrap_or(());
             }
             let now = tty.then(size_of_terminal);
             if let Some(now) = now.filter(|_| now != size) {

@@ -213,7 +213,11 @@ impl Owner {
     ///
     /// The step that failed ([`OwnerError::fork_failure`]), what the agent says, or that there is none.
     pub fn branch(&self, uuid: Uuid, children: u32) -> Result<Vec<Uuid>, OwnerError> {
-        if !self.with(uuid, |known| known.linux)? {
+        let (linux, ended) = self.with(uuid, |known| (known.linux, known.ended(uuid)))?;
+        if let Some(ended) = ended {
+            return Err(ended);
+        }
+        if !linux {
             return self.branch_unaware(uuid, children);
         }
         let mut made = Vec::new();

@@ -4,7 +4,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest_wire::{Input, Terminal};
+use guest_wire::Terminal;
 use runtime::agent::{Command, Said};
 use runtime::proto::Request;
 
@@ -53,7 +53,10 @@ fn signals() -> Result<()> {
     let guest = one()?;
     let sleep = Command { argv: vec!["/bin/sleep".into(), "1000".into()], ..Command::default() };
     let mut running = guest.agent(guest.root)?.exec(&sleep)?;
-    running.input()?.tell(Input::Signal { number: 15 })?;
+    // More than it, the agent, the connection and its sockets have room for: it reads nothing.
+    let mut input = running.input()?;
+    std::thread::spawn(move || (0..100).try_for_each(|_| input.send(&[0; 16 * 1024])));
+    running.signals().send(15)?;
     let (sender, heard) = channel();
     std::thread::spawn(move || sender.send(running.hear()).unwrap_or(()));
     let said = heard.recv_timeout(LONG)??;

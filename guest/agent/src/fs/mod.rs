@@ -235,6 +235,8 @@ impl Filesystem for Libukp {
             handle.written(offset.saturating_add(len_bytes.into()));
         }
         match node {
+            // The kernel hands over what is longer in pieces, and each would be a fork.
+            Node::Fork if len_bytes >= WRITE => reply.error(Errno::EINVAL),
             Node::Fork => {
                 drop(guard);
                 self.service.submit(request.pid(), len_bytes, reply);

@@ -6,7 +6,7 @@
 //!  host <── Exited, when the program has ended and its output was sent
 //! ```
 //!
-//! A program does not end with its connection. In a child it goes on although the parent's
+//! Signals are requests of their own. A program does not end with its connection. In a child it goes on although the parent's
 //! connection is not the child's: its output goes nowhere, its input has ended.
 
 use std::collections::BTreeMap;
@@ -73,6 +73,8 @@ pub(super) fn run(
             return connection.fail(name, &error);
         }
     };
+    // If the host is gone, the program's output goes nowhere.
+    connection.reply(&Reply::Started { pid }).unwrap_or_default();
     let (sent, pumps) = channel::<()>();
     for (kind, output) in streams.outputs {
         let (to, sent, ended) = (connection.clone(), sent.clone(), ended.clone());
@@ -90,7 +92,7 @@ pub(super) fn run(
         return given_up(server, connection, pid, &error);
     }
     let mut input = ProgramInput { file: streams.input, terminal: streams.terminal, ended };
-    input.follow(server, connection, pid);
+    input.follow(connection);
     Ok(())
 }
 
@@ -232,12 +234,12 @@ struct ProgramInput {
 
 impl ProgramInput {
     /// Does what the host says until it says no more.
-    fn follow(&mut self, server: &Server, connection: &Connection, pid: u32) {
+    fn follow(&mut self, connection: &Connection) {
         while let Ok(Some(frame)) = read_frame(&mut &*connection.reader) {
             match frame.kind {
                 Kind::Data if frame.payload.is_empty() => self.end(),
                 Kind::Data => self.write(&frame.payload),
-                Kind::Control => self.obey(server, &frame, pid),
+                Kind::Control => self.obey(&frame),
                 Kind::Stdout | Kind::Stderr => {}
             }
         }
@@ -245,19 +247,11 @@ impl ProgramInput {
     }
 
     /// What is not understood, or cannot be done, is left: the program goes on.
-    fn obey(&self, server: &Server, frame: &Frame, pid: u32) {
-        match control(frame) {
-            Ok(Input::Signal { number }) => {
-                if let Some(signal) = Signal::from_named_raw(number) {
-                    server.reaper.signal(pid, signal);
-                }
-            }
-            Ok(Input::Resize(size)) => {
-                if let Some(terminal) = self.file.as_ref().filter(|_| self.terminal) {
-                    resize(terminal, size).unwrap_or_default();
-                }
-            }
-            Err(_) => {}
+    fn obey(&self, frame: &Frame) {
+        if let Ok(Input::Resize(size)) = control(frame)
+            && let Some(terminal) = self.file.as_ref().filter(|_| self.terminal)
+        {
+            resize(terminal, size).unwrap_or_default();
         }
     }
 
@@ -279,8 +273,7 @@ impl ProgramInput {
         }
     }
 
-    /// Writes when there is room, so that a program that reads nothing can still be signalled to
-    /// its end.
+    /// Writes when there is room: a program that reads nothing may end.
     fn write_part(&self, part: &[u8]) -> io::Result<()> {
         let Some(mut file) = self.file.as_ref() else { return Ok(()) };
         loop {

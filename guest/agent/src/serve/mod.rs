@@ -138,6 +138,14 @@ impl Server {
             Request::Write { path, mode } => files::write(&connection, &path, mode),
             Request::Read { path } => files::read(&connection, &path),
             Request::Fork => self.fork(&connection),
+            Request::Signal { pid, number } => {
+                let Some(signal) = Signal::from_named_raw(number) else {
+                    let message = format!("there is no signal {number}");
+                    return connection.reply(&Reply::Failed { errno: libc::EINVAL, message });
+                };
+                self.reaper.signal(pid, signal);
+                connection.reply(&Reply::Done)
+            }
             Request::Terminate => {
                 if let WorkloadState::Running { pid } = *lock(&self.workload) {
                     self.reaper.signal(pid, Signal::TERM);

@@ -53,12 +53,18 @@ fn to_end(stream: &UnixStream) -> (String, String, Reply) {
             Kind::Stdout => out.extend(frame.payload),
             Kind::Stderr => err.extend(frame.payload),
             Kind::Data => panic!("data"),
+            Kind::Control if matches!(guest_wire::control(&frame), Ok(Reply::Started { .. })) => {}
             Kind::Control => {
                 let text = |bytes| String::from_utf8(bytes).unwrap();
                 return (text(out), text(err), guest_wire::control(&frame).unwrap());
             }
         }
     }
+}
+
+fn started(stream: &UnixStream) -> u32 {
+    let Reply::Started { pid } = reply(stream) else { panic!("it did not start") };
+    pid
 }
 
 fn reply(stream: &UnixStream) -> Reply {
@@ -115,14 +121,22 @@ fn much_output_comes_whole() {
 fn signals_reach_the_process_group() {
     let server = server();
     let stream = ask(&server, &program("echo ready; sleep 100; echo not reached"));
+    let pid = started(&stream);
     assert_eq!(read_frame(&mut &stream).unwrap().unwrap().payload, b"ready\n");
-    // It takes no input, and this is more than the pipe has room for.
-    for _ in 0..2 {
-        write_frame(&mut &stream, Kind::Data, &vec![0; 30_000]).unwrap();
-    }
-    write_control(&mut &stream, &Input::Signal { number: 999 }).unwrap();
-    write_control(&mut &stream, &Input::Signal { number: 9 }).unwrap();
+    // It takes no input, and this is more than the pipe and the connection have room for.
+    let writing = stream.try_clone().unwrap();
+    let writer = std::thread::spawn(move || {
+        let all = |_| write_frame(&mut &writing, Kind::Data, &vec![0; 30_000]);
+        (0..100).try_for_each(all)
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!writer.is_finished());
+    let signal = |number| reply(&ask(&server, &Request::Signal { pid, number }));
+    assert!(matches!(signal(999), Reply::Failed { errno: libc::EINVAL, .. }));
+    assert_eq!(signal(9), Reply::Done);
     assert_eq!(to_end(&stream), (String::new(), String::new(), Reply::Exited { code: 137 }));
+    assert!(writer.join().unwrap().is_err());
+    assert_eq!(signal(9), Reply::Done, "it has ended");
 }
 
 #[test]
@@ -144,6 +158,7 @@ fn the_terminals_interrupt_character_works() {
     let server = server();
     // A shell that is just starting a program may miss it.
     let stream = ask(&server, &on_terminal("echo ready; exec sleep 100"));
+    started(&stream);
     assert_eq!(read_frame(&mut &stream).unwrap().unwrap().payload, b"ready\r\n");
     write_frame(&mut &stream, Kind::Data, &[3]).unwrap();
     assert_eq!(to_end(&stream).2, Reply::Exited { code: 130 });
@@ -201,6 +216,7 @@ fn a_program_goes_on_without_its_connection() {
     let script =
         format!("echo ready; cat; sleep 0.2; head -c 200000 /dev/zero; echo > {}", path.display());
     let stream = ask(&server, &program(&script));
+    started(&stream);
     assert_eq!(read_frame(&mut &stream).unwrap().unwrap().payload, b"ready\n");
     drop(stream);
     let start = std::time::Instant::now();

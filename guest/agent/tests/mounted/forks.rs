@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     ("forks::two_threads_read_their_own_child", two_threads_read_their_own_child),
     ("forks::one_open_file_is_enough", one_open_file_is_enough),
     ("forks::a_full_queue_is_busy", a_full_queue_is_busy),
+    ("forks::a_write_that_comes_in_pieces_does_not_fork", in_pieces),
     ("forks::a_failed_fork_is_an_io_error", a_failed_fork_is_an_io_error),
     ("forks::the_child_reads_the_zero_uuid", the_child_reads_the_zero_uuid),
     ("forks::who_asks_meanwhile_is_answered_afterwards", who_asks_meanwhile_is_answered_afterwards),
@@ -48,6 +49,16 @@ fn a_shell_reads_the_uuid_of_its_child() -> Result<()> {
     // Another program that did not fork reads the last one.
     ensure!(fs::read_to_string(rig.path("fork"))? == format!("{b}\n"));
     ensure!(rig.children()? == [a.to_string(), b.to_string()], "in the order of the forks");
+    Ok(())
+}
+
+fn in_pieces() -> Result<()> {
+    let rig = Rig::new()?;
+    ensure!(errno(fs::write(rig.path("fork"), vec![b'1'; 200_000])) == libc::EINVAL);
+    ensure!(rig.bell.rung.load(Ordering::SeqCst) == 0);
+    rig.next(Fork::Child(Uuid::new_v4()));
+    fs::write(rig.path("fork"), vec![b'1'; 5000])?;
+    ensure!(rig.bell.rung.load(Ordering::SeqCst) == 1);
     Ok(())
 }
 
