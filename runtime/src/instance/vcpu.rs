@@ -410,9 +410,6 @@ impl Instance {
             let mut engine = lock(&mut vcpu);
             let failures = engine.prewarm_failures();
             while !engine.take(self, children as usize, own, doorbell_ns)? {
-                if let Some(error) = engine.prewarm_failure_after(self, failures) {
-                    return Err(error);
-                }
                 let waited = now_ns() - doorbell_ns;
                 if waited > STANDBY_NS || self.gate.quitting() {
                     let cause = ForkCause::Timeout { waited_ms: waited / 1_000_000 };
@@ -421,6 +418,10 @@ impl Instance {
                 drop(engine);
                 wait(&mut vcpu);
                 engine = lock(&mut vcpu);
+                // Also if the next try has succeeded meanwhile: whether this is told is no matter of luck.
+                if let Some(error) = engine.prewarm_failure_after(self, failures) {
+                    return Err(error);
+                }
             }
             hurry();
             if let Some(own) = own {
