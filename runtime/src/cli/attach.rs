@@ -2,8 +2,7 @@
 
 use std::io::{IsTerminal, Write, stdin, stdout};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::json;
 
@@ -14,9 +13,6 @@ use super::keyboard::Keyboard;
 use super::signals::Signals;
 use super::wire::{Answer, Ask};
 use super::{print_json, tell, verbs};
-
-/// How long one look for a signal takes at most.
-const LOOK: Duration = Duration::from_mins(1);
 
 pub fn logs(args: &LogsArgs) -> Result<u8, CliError> {
     // What one that has ended has said is there for a while.
@@ -45,13 +41,6 @@ pub fn console(args: &ConsoleArgs) -> Result<u8, CliError> {
     let leaving = left.clone();
     // Before the first thread. The terminal is to be put back, whatever ends this.
     let signals = Signals::block()?;
-    let ended_by = Arc::new(AtomicI32::new(0));
-    let (number, end) = (ended_by.clone(), line.hang_up()?);
-    std::thread::spawn(move || {
-        let signal = std::iter::repeat_with(|| signals.wait(LOOK)).flatten().next();
-        number.store(signal.unwrap_or(0), Ordering::SeqCst);
-        end();
-    });
     let type_in =
         move |bytes: &[u8]| match typing.ask(&Ask::Type { instance: uuid, bytes: bytes.into() }) {
             Ok(Answer::Typed(count)) => Some(count),
@@ -65,12 +54,14 @@ pub fn console(args: &ConsoleArgs) -> Result<u8, CliError> {
     if stdin().is_terminal() {
         tell("note: what is typed goes to the guest's hvc0; Ctrl-] leaves it");
     }
-    let shown = line.output(&Ask::Logs { instance: uuid, follow: true }, |_, bytes| show(bytes));
+    let ask = Ask::Logs { instance: uuid, follow: true };
+    let (shown, signal) =
+        signals.during(line.hang_up()?, || line.output(&ask, |_, bytes| show(bytes)));
     drop(keyboard);
-    match ended_by.load(Ordering::SeqCst) {
-        0 if left.load(Ordering::SeqCst) => Ok(0),
-        0 => shown.map(|()| 0),
-        signal => Ok(exit_code(128 + signal)),
+    match signal {
+        Some(signal) => Ok(exit_code(128 + signal)),
+        None if left.load(Ordering::SeqCst) => Ok(0),
+        None => shown.map(|()| 0),
     }
 }
 

@@ -77,7 +77,7 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
         Ok((root, watch(&owner, root, &signals, args.kill_children)))
     };
     let starts = || start(&owner, config);
-    let result = match unless_signal(&signals, || owner.shutdown(), starts) {
+    let result = match signals.during(|| owner.shutdown(), starts) {
         (_, Some(signal)) => Ok((Uuid::nil(), Some(signal))),
         (started, None) => started.and_then(watched),
     };
@@ -102,23 +102,7 @@ pub fn run(args: &RunArgs) -> Result<u8, CliError> {
             _ => result,
         }
     };
-    unless_signal(&signals, || screen.hurry(), end).0
-}
-
-/// Does `work`. If a signal comes meanwhile, its number is there, too, and `haste` was called.
-fn unless_signal<T>(
-    signals: &Signals,
-    haste: impl FnOnce() + Send,
-    work: impl FnOnce() -> T,
-) -> (T, Option<i32>) {
-    let Ok((over, working)) = std::io::pipe() else { return (work(), None) };
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| signals.wait_or_hang_up(over).inspect(|_| haste()));
-        // On this thread: an instance ends with the one that started it.
-        let done = work();
-        drop(working);
-        (done, watcher.join().unwrap_or(None))
-    })
+    signals.during(|| screen.hurry(), end).0
 }
 
 /// What is typed goes to the first instance; Ctrl-] ends all, like Ctrl-C where that is not typed.

@@ -232,17 +232,15 @@ impl Server {
         let mut next = 0;
         let time = if follow { LOOK } else { Duration::ZERO };
         // What is said while this is read comes without end.
-        let end = if follow { None } else { self.logs.end(instance) };
+        let end = if follow { u64::MAX } else { self.logs.end(instance).unwrap_or(0) };
         loop {
             let Some(Piece { at, bytes, last }) = self.logs.read(instance, next, LOG_PIECE, time)
             else {
                 return Answer::Failed(format!("nothing is kept of what {instance} said"));
             };
             next = at + bytes.len() as u64;
-            let nothing = bytes.is_empty();
-            let heard = nothing || send(connection, &Answer::Output { at, bytes });
-            let all = end.is_some_and(|end| next >= end);
-            if !heard || hung_up(connection) || last || all || (nothing && !follow) {
+            let heard = bytes.is_empty() || send(connection, &Answer::Output { at, bytes });
+            if !heard || hung_up(connection) || last || next >= end {
                 return Answer::Done;
             }
         }

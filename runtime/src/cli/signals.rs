@@ -78,6 +78,22 @@ impl Signals {
         }
     }
 
+    /// Does `work`. If a signal comes meanwhile, its number is there, too, and `haste` was called.
+    pub fn during<T>(
+        &self,
+        haste: impl FnOnce() + Send,
+        work: impl FnOnce() -> T,
+    ) -> (T, Option<i32>) {
+        let Ok((over, working)) = std::io::pipe() else { return (work(), None) };
+        std::thread::scope(|scope| {
+            let watcher = scope.spawn(|| self.wait_or_hang_up(over).inspect(|_| haste()));
+            // On this thread: an instance ends with the one that started it.
+            let done = work();
+            drop(working);
+            (done, watcher.join().unwrap_or(None))
+        })
+    }
+
     fn read(&self) -> i32 {
         let mut info = [0_u8; size_of::<libc::signalfd_siginfo>()];
         // The number of the signal is the first word.

@@ -6,7 +6,6 @@ use std::cell::Cell;
 use std::io;
 
 use guest_abi::port::{ANNOUNCE, CLOCK, EXIT, FORK, READY, answer};
-
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
 use super::{Doorbell, Words};

@@ -6,8 +6,8 @@
 //!  host <── Exited, when the program has ended and its output was sent
 //! ```
 //!
-//! Signals are requests of their own. A program does not end with its connection. In a child it goes on although the parent's
-//! connection is not the child's: its output goes nowhere, its input has ended.
+//! Signals are requests of their own. A program does not end with its connection. In a child it goes on
+//! although the parent's connection is not the child's: its output goes nowhere, its input has ended.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -294,7 +294,7 @@ impl Connection {
 
     /// The guest's end of file, behind all that it has written.
     fn end_writing(&mut self) {
-        let ended = self.guest_shutdown & shutdown::SEND != 0 && self.unsent() == 0;
+        let ended = self.has_ended() && self.unsent() == 0;
         if ended && !std::mem::replace(&mut self.ended_writing, true) {
             // The host may be gone: then it does not matter.
             rustix::net::shutdown(&self.socket, Shutdown::Write).unwrap_or(());
@@ -323,8 +323,7 @@ impl Connection {
     #[must_use]
     pub fn take(&mut self, data: &[u8]) -> bool {
         let kept = self.unsent().saturating_sub(self.ours);
-        let after_end = self.guest_shutdown & shutdown::SEND != 0;
-        if after_end || data.len() > BUFFER.saturating_sub(kept) {
+        if self.has_ended() || data.len() > BUFFER.saturating_sub(kept) {
             return false;
         }
         self.to_host.extend(data);
@@ -346,7 +345,7 @@ impl Connection {
     /// off.
     pub fn leave(&mut self) {
         self.stage = Stage::Leaving;
-        if self.guest_shutdown & shutdown::SEND == 0 {
+        if !self.has_ended() {
             (self.to_host, self.rest, self.ours) = (VecDeque::new(), None, 0);
         }
     }
