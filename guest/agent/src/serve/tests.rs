@@ -127,7 +127,7 @@ fn signals_reach_the_process_group() {
     let writing = stream.try_clone().unwrap();
     let writer = std::thread::spawn(move || {
         let all = |_| write_frame(&mut &writing, Kind::Data, &vec![0; 30_000]);
-        (0..100).try_for_each(all)
+        (0..100).try_for_each(all).unwrap_or_default();
     });
     std::thread::sleep(Duration::from_millis(100));
     assert!(!writer.is_finished());
@@ -135,7 +135,9 @@ fn signals_reach_the_process_group() {
     assert!(matches!(signal(999), Reply::Failed { errno: libc::EINVAL, .. }));
     assert_eq!(signal(9), Reply::Done);
     assert_eq!(to_end(&stream), (String::new(), String::new(), Reply::Exited { code: 137 }));
-    assert!(writer.join().unwrap().is_err());
+    // The rest of its input is read for nothing or refused, whichever of two threads is first; but
+    // who writes it does not stand still.
+    writer.join().unwrap();
     assert_eq!(signal(9), Reply::Done, "it has ended");
 }
 
