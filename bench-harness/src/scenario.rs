@@ -198,6 +198,10 @@ pub struct Scenario {
     /// first, to compare in the same moment (0: there is none).
     #[serde(default)]
     pub reference_mib: u32,
+    /// That machine is started for the last so many forks only: then it is as young as the first one
+    /// was at its first fork (0: it is there from the beginning).
+    #[serde(default)]
+    pub reference_forks: u32,
     /// Open loop: time between the intended starts of two forks, in µs (0: closed loop).
     #[serde(default)]
     pub interval_us: u32,
@@ -260,8 +264,18 @@ impl Scenario {
         (self.reference_mib > 0).then(|| Self {
             memory_mib: self.reference_mib,
             reference_mib: 0,
+            reference_forks: 0,
             ..self.clone()
         })
+    }
+
+    /// The first fork after which that machine is forked, too.
+    #[must_use]
+    pub fn reference_from(&self) -> u32 {
+        match self.reference_forks {
+            0 => 0,
+            last => self.forks.saturating_sub(last),
+        }
     }
 
     /// Whether forks start on a fixed schedule.

@@ -9,6 +9,7 @@ use tests::host;
 use tests::memory::Memory;
 use tests::program::{Forked, dirty, fork};
 use tests::rig::{PATIENCE, Rig};
+use uuid::Uuid;
 
 /// Forks after which everything that stays is there.
 const WARM: usize = 20;
@@ -162,26 +163,38 @@ fn generations() -> Result<()> {
     Ok(())
 }
 
-/// Each machine forks the next one; the youngest forks last of all.
+/// Each machine forks the next one; the youngest forks last of all. 64 of them, or 1,000 in a soak.
 fn line() -> Result<()> {
-    const DEPTH: u64 = 64;
-    let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    let most = if host::soak() { 1000 } else { 64 };
+    let limit = Duration::from_secs(if host::soak() { 1800 } else { 120 });
+    let rig = Rig::with_limit(InstanceConfig { memory_mib: 16, ..<_>::default() }, limit)?;
     rig.branch(rig.root, 1)?;
     rig.kill_children()?;
     rig.standbys(1)?;
     let before = rig.census()?;
     let mut memory = rig.memory();
     let mut line = vec![rig.root];
-    for depth in 1..=DEPTH {
+    for depth in 1..=most {
         let youngest = *line.last().context("no machine")?;
         rig.run(youngest, &[dirty(10, depth, depth)])?;
         memory.dirty(10, depth, depth);
         line.extend(rig.branch(youngest, 1)?);
     }
     rig.compare(*line.last().context("no machine")?, &memory, "the youngest")?;
+    // What a generation adds to the stack stays in all that follow.
+    let stack = |uuid: Uuid| stack_kib(rig.pid(uuid)?);
+    let (first, last) = (stack(line[1])?, stack(*line.last().context("no machine")?)?);
+    ensure!(last <= first, "the stack has {first} KiB in the first child, {last} in the last");
     for uuid in line.into_iter().filter(|uuid| *uuid != rig.root) {
         rig.kill(uuid)?;
     }
     rig.standbys(1)?;
-    rig.settles_at(before, "after a line of 64")
+    rig.settles_at(before, "after the line")
+}
+
+/// Size of the stack of a process's first thread.
+fn stack_kib(pid: i32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmStk:")).context("no VmStk")?;
+    line.split_whitespace().next().context("no size")?.parse().context("not a number")
 }

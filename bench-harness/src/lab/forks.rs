@@ -41,14 +41,14 @@ pub(super) fn forks(bench: &mut Bench<'_>, compare: bool) -> Result<(), LabError
     let mut taxes = [Vec::new(), Vec::new()];
     let beside = scenario.reference();
     let mut silent = Silent;
-    let mut reference = match &beside {
-        None => None,
-        Some(scenario) => Some(Bench::new(scenario, &mut silent, false)?),
-    };
-    if let Some(reference) = &mut reference {
-        reference.warm_up()?;
-    }
+    let mut silent = Some(&mut silent);
+    let mut reference = None;
     for index in 0..scenario.forks {
+        if let Some(scenario) = beside.as_ref().filter(|_| index == scenario.reference_from())
+            && let Some(silent) = silent.take()
+        {
+            reference.insert(Bench::new(scenario, silent, false)?).warm_up()?;
+        }
         if scenario.is_open_loop() {
             schedule.wait(index);
         }

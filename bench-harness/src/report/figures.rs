@@ -177,7 +177,7 @@ fn flatness(table: &mut Table<'_>) {
         table.at_most("branch p50 / that of 512 MiB", name, Some(1.1), None, ratio);
     }
     for (name, what) in [
-        ("repeat-1000", "branch p50, last forks / first ones"),
+        ("repeat-1000", "branch p50, last forks / first ones of a young parent"),
         ("depth-64", "branch p50, deepest forks / first ones"),
         ("children-100", "branch p50, 100 children alive / few"),
     ] {

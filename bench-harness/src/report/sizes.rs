@@ -3,11 +3,14 @@
 use serde::{Deserialize, Serialize};
 
 use crate::record::{Micros, Recorder, Summary};
+use crate::scenario::Scenario;
 
 /// Columns of the recorder that say how much is there already.
 const SIZE_COLUMNS: [&str; 2] = ["depth", "alive_children"];
 /// The metric that must not follow them.
 const METRIC: &str = "branch_us";
+/// The same of a machine beside.
+const REFERENCE: &str = "reference_branch_us";
 /// Fewer forks than this at each end say nothing about a drift.
 const LEAST_AT_EACH_END: usize = 5;
 
@@ -51,10 +54,19 @@ pub(super) fn sizes(recorder: &Recorder) -> Vec<SizePoint> {
     chunks.filter_map(point).collect()
 }
 
-/// p50 of the last eighth divided by p50 of the first, with all forks of the sizes where an eighth
-/// ends; `None` if there are too few forks.
-pub(super) fn drift(recorder: &Recorder) -> Option<f64> {
+/// p50 of the last forks divided by that of the first ones; `None` if there are too few.
+///
+/// First and last are an eighth of all, with all forks of the sizes where an eighth ends. Where a young
+/// machine was forked beside the last ones, its forks are the first ones: they lived through the same
+/// moments.
+pub(super) fn drift(recorder: &Recorder, scenario: &Scenario) -> Option<f64> {
     let pairs = sorted_pairs(recorder);
+    if scenario.reference_forks > 0 {
+        let young = Summary::of(&recorder.samples(REFERENCE))?;
+        let last = pairs.get(pairs.len().checked_sub(usize::try_from(young.n).ok()?)?..)?;
+        let last: Vec<f64> = last.iter().map(|(_, us)| *us).collect();
+        return Some(ratio(Summary::of(&last)?.p50.0, young.p50.0));
+    }
     let eighth = pairs.len() / 8;
     if eighth < LEAST_AT_EACH_END {
         return None;
@@ -65,15 +77,24 @@ pub(super) fn drift(recorder: &Recorder) -> Option<f64> {
         let samples: Vec<f64> = part.map(|(_, us)| *us).collect();
         Some(Summary::of(&samples)?.p50.0)
     };
-    let ratio = p50(&|size| size >= high)? / p50(&|size| size <= low)?;
-    // Infinite by infinite: where most forks fail there is no flatness.
-    Some(if ratio.is_nan() { f64::INFINITY } else { ratio })
+    Some(ratio(p50(&|size| size >= high)?, p50(&|size| size <= low)?))
+}
+
+/// Infinite by infinite is infinite: where most forks fail there is no flatness.
+fn ratio(last: f64, first: f64) -> f64 {
+    let ratio = last / first;
+    if ratio.is_nan() { f64::INFINITY } else { ratio }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::record::Sample;
+    use crate::scenario::Catalogue;
+
+    fn plain() -> Scenario {
+        Catalogue::standard().unwrap().get("quiet").unwrap().clone()
+    }
 
     #[test]
     fn depths_are_grouped_and_compared() {
@@ -86,7 +107,7 @@ mod tests {
         let ends: Vec<(String, u64)> = sizes.iter().map(|p| (p.size.to_string(), p.n)).collect();
         let expected = [("1", 1), ("2", 1), ("4", 2), ("8", 4), ("16", 8), ("32", 16), ("64", 32)];
         assert_eq!(ends, expected.map(|(size, n)| (size.to_owned(), n)));
-        assert!((drift(&recorder).unwrap() - 1.2).abs() < 1e-9);
+        assert!((drift(&recorder, &plain()).unwrap() - 1.2).abs() < 1e-9);
     }
 
     #[test]
@@ -102,7 +123,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(drift(&recorder), Some(1.0));
+        assert_eq!(drift(&recorder, &plain()), Some(1.0));
     }
 
     #[test]
@@ -114,7 +135,23 @@ mod tests {
                 _ => Sample::failed("wake: died"),
             });
         }
-        assert_eq!(drift(&recorder), Some(f64::INFINITY));
+        assert_eq!(drift(&recorder, &plain()), Some(f64::INFINITY));
+    }
+
+    #[test]
+    fn a_young_machine_beside_the_last_forks_is_what_they_are_compared_with() {
+        let mut recorder = Recorder::new();
+        // The machine becomes slower by half; age costs a tenth.
+        for fork in 0..80 {
+            let us = if fork < 60 { 100.0 } else { 165.0 };
+            recorder.record(Sample::new().with("branch_us", us));
+            if fork >= 70 {
+                recorder.record_apart(REFERENCE, 150.0);
+            }
+        }
+        let scenario = Scenario { reference_mib: 512, reference_forks: 10, ..plain() };
+        assert!((drift(&recorder, &scenario).unwrap() - 1.1).abs() < 1e-9);
+        assert_eq!(drift(&Recorder::new(), &scenario), None);
     }
 
     #[test]
@@ -124,6 +161,6 @@ mod tests {
             recorder.record(Sample::new().with("branch_us", 100.0 + f64::from(fork)));
         }
         assert!(sizes(&recorder).is_empty());
-        assert!((drift(&recorder).unwrap() - 174.0 / 104.0).abs() < 1e-9);
+        assert!((drift(&recorder, &plain()).unwrap() - 174.0 / 104.0).abs() < 1e-9);
     }
 }

@@ -76,7 +76,7 @@ pub struct ScenarioSummary {
     /// `branch_us` by depth or by number of live children, where the scenario has them.
     pub sizes: Vec<SizePoint>,
     /// p50 of `branch_us` in the last eighth of the forks (of the depths, of the children alive)
-    /// divided by that in the first eighth.
+    /// divided by that in the first eighth, or of a young machine's forks beside the last ones.
     pub drift_ratio: Option<f64>,
     /// Sum of the primitives that no fork can avoid, in µs.
     pub floor_us: Option<f64>,
@@ -124,7 +124,7 @@ impl ScenarioSummary {
             stages,
             child_stages: run.child_stages.clone(),
             sizes: sizes(recorder),
-            drift_ratio: drift(recorder),
+            drift_ratio: drift(recorder, scenario),
             floor_us: run.floor_us,
             floor_parts_us: run.floor_parts_us.clone(),
             baselines: baselines

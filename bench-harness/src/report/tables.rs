@@ -149,7 +149,7 @@ pub(super) fn values(run: &RunSummary) -> String {
             push("memory per child (KiB)", (bytes / 1024).to_string());
         }
         if let Some(ratio) = summary.drift_ratio {
-            push("last eighth / first eighth", format!("{ratio:.2}"));
+            push("last forks / first forks", format!("{ratio:.2}"));
         }
     }
     table(&["scenario, value", ""], &rows)

@@ -143,5 +143,12 @@ fn check_reference(scenario: &Scenario) -> Result<(), ScenarioError> {
         let problem = "is only for kind fork, closed loop, of a parent that writes nothing";
         return Err(invalid(scenario, "reference_mib", problem));
     }
+    if scenario.reference_forks > 0 && scenario.reference_mib == 0 {
+        return Err(invalid(scenario, "reference_forks", "is only with reference_mib"));
+    }
+    if scenario.reference_forks > scenario.forks {
+        let problem = format!("is {}, of {} forks", scenario.reference_forks, scenario.forks);
+        return Err(invalid(scenario, "reference_forks", problem));
+    }
     Ok(())
 }

@@ -83,6 +83,8 @@ fn a_wrong_definition_names_the_field() {
         ("cycles = 2", "cycles is only for kind children"),
         ("reference_mib = 8", "reference_mib is 8, must be 16 to 65536"),
         ("reference_mib = 32\nrate_pages_per_second = 5", "reference_mib is only for kind fork"),
+        ("reference_forks = 3", "reference_forks is only with reference_mib"),
+        ("reference_mib = 32\nreference_forks = 9000", "reference_forks is 9000, of "),
         ("backing = \"hugetlb\"\nmemory_mib = 17", "must be even"),
         ("kind = \"linux-boot\"\nvcpus = 2", "vcpus is not for Linux guests"),
     ] {

@@ -41,4 +41,4 @@ pub use shared::{Shared, no_memory};
 pub use step::{
     FAULT_DELAY, FAULT_KILL, FAULT_SHORT_MSRS, Fault, ForkCause, ForkError, Moment, Step,
 };
-pub use zygote::{Womb, Zygote, serve_raised};
+pub use zygote::{Twin, Womb, Zygote, live, serve_raised};

@@ -24,7 +24,7 @@ use super::link::{self, Link};
 use super::rehearse;
 use super::shared::{Shared, tell};
 use super::step::{ForkCause, ForkError, Step};
-use super::zygote::{Womb, Zygote};
+use super::zygote::{Embryo, Twin, Womb, Zygote};
 use crate::beacon;
 use crate::device::generation;
 use crate::device::virtio::Bus;
@@ -34,60 +34,55 @@ use crate::memory::{Image, Mapping, PAGE, RamLayout, Reserve, Sealed};
 use crate::proto::InstanceConfig;
 use crate::sys::{self, now_ns};
 
-/// Makes a standby and lives its life. Runs in the process that the zygote forked.
-pub(super) fn run(womb: Womb, slot: usize, parent: Uuid, line: OwnedFd) -> ! {
+/// Makes a standby and lives its life, in the process that the zygote forked. Returns in another one: the
+/// standby's own zygote.
+pub(super) fn run(embryo: Embryo) -> (Womb, OwnedFd) {
     let begin = now_ns();
+    let Embryo { womb, slot, parent, line } = embryo;
     sys::die_with_parent(true);
     let keep = womb.descriptors(&line);
     // SAFETY: the zygote's socket is forgotten by the caller; nothing else had descriptors.
     unsafe { sys::close_all_but(&keep) };
     sys::set_process_name("ukp-standby");
-    let code = match live(womb, slot, parent, line, begin) {
-        Ok(code) => code,
-        Err(error) => {
-            // The parent has the error in the slot; the process has nobody else to tell.
-            drop(error);
-            1
+    let Womb { host, config, link, image, mapping, owned } = womb;
+    let inherited = Inherited { host, config, image, mapping, owned };
+    match zygote_of_child(inherited, &link) {
+        Ok(Twin::Instance { zygote, womb }) => {
+            // An error: the parent has it in the slot; the process has nobody else to tell.
+            let code = live(Own { zygote, womb }, link, slot, parent, line, begin).unwrap_or(1);
+            std::process::exit(code)
         }
-    };
-    std::process::exit(code)
+        Ok(Twin::Zygote { womb, line: own }) => {
+            // Neither is there any more.
+            std::mem::forget((link, line));
+            (womb, own)
+        }
+        Err(error) => {
+            tell(&link, slot, &error);
+            std::process::exit(1)
+        }
+    }
 }
 
 fn live(
-    womb: Womb,
+    own: Own,
+    link: Link,
     slot: usize,
     parent: Uuid,
     line: OwnedFd,
     begin: u64,
 ) -> Result<i32, ForkError> {
+    let link = Arc::new(link);
     // Open until the error is told: its end tells the parent that there is nothing more to come.
     let mut line = Some(line);
-    let (standby, vcpu) = match prepare(womb, slot, parent, &mut line) {
-        Ok(made) => made,
-        Err((link, error)) => {
-            tell(&link, slot, &error);
-            return Err(error);
-        }
-    };
+    let prepared = prepare(own, &link, slot, parent, &mut line);
+    let (standby, vcpu) = prepared.inspect_err(|error| tell(&link, slot, error))?;
+    link.slot(slot).prewarm_ns.store(now_ns() - begin, Ordering::Relaxed);
     // An instance does without its parent's link: nothing here keeps it.
-    let link = Arc::downgrade(&standby.shared.link);
-    standby.shared.link.slot(slot).prewarm_ns.store(now_ns() - begin, Ordering::Relaxed);
-    let told = |error: &ForkError| link.upgrade().map(|link| tell(&link, slot, error));
+    let weak = Arc::downgrade(&link);
+    drop(link);
+    let told = |error: &ForkError| weak.upgrade().map(|link| tell(&link, slot, error));
     standby.park_and_go(vcpu).inspect_err(|error| told(error).unwrap_or(()))
-}
-
-type Failed = (Arc<Link>, ForkError);
-
-fn prepare(
-    womb: Womb,
-    slot: usize,
-    parent: Uuid,
-    line: &mut Option<OwnedFd>,
-) -> Result<(Standby, Vcpu), Failed> {
-    let Womb { host, config, link, image, mapping, owned } = womb;
-    let link = Arc::new(link);
-    let inherited = Inherited { host, config, image, mapping, owned };
-    prepare_with(inherited, &link, slot, parent, line).map_err(|error| (link, error))
 }
 
 /// What a standby takes over from its parent's zygote: all but the link.
@@ -99,24 +94,28 @@ struct Inherited {
     owned: Option<PageBits>,
 }
 
-fn prepare_with(
-    inherited: Inherited,
+/// What it has of its own then.
+struct Own {
+    zygote: Zygote,
+    womb: Womb,
+}
+
+fn failed<E: Into<ForkCause>>(cause: E) -> ForkError {
+    ForkError { step: Step::Prewarm, cause: cause.into() }
+}
+
+fn prepare(
+    own: Own,
     link: &Arc<Link>,
     slot: usize,
     parent: Uuid,
     line: &mut Option<OwnedFd>,
 ) -> Result<(Standby, Vcpu), ForkError> {
-    fn failed<E: Into<ForkCause>>(cause: E) -> ForkError {
-        ForkError { step: Step::Prewarm, cause: cause.into() }
-    }
-    link.header().fault.check(Step::Prewarm)?;
-    // Before there is a second thread: without a handler the signal ends the process.
-    sys::install_kick_handler().map_err(failed)?;
-    let (identity, base) = link.read_slot(slot, inherited.config.vcpus as usize);
-    let (zygote, womb) = zygote_of_child(inherited, link)?;
     // Not before: a page that is written here first is not copied when it counts.
     beacon::role(beacon::Role::Standby);
+    let Own { zygote, womb } = own;
     let Womb { host, config, link: own, image, mapping, owned } = womb;
+    let (identity, base) = link.read_slot(slot, config.vcpus as usize);
     let (mapping, owned) = mapping.zip(owned).ok_or_else(|| failed(ForkCause::Died))?;
     last_words::parent(link, slot);
     last_words::prepare(mapping.kind()).map_err(failed)?;
@@ -190,8 +189,11 @@ fn prepare_with(
 }
 
 /// Forks the zygote of this standby before anything in it belongs to KVM.
-fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<(Zygote, Womb), ForkError> {
+fn zygote_of_child(inherited: Inherited, parent: &Link) -> Result<Twin, ForkError> {
     let at = ForkError::at::<sys::SysError>;
+    parent.header().fault.check(Step::Prewarm)?;
+    // Before there is a second thread: without a handler the signal ends the process.
+    sys::install_kick_handler().map_err(failed)?;
     let Inherited { host, mut config, image, mapping, owned } = inherited;
     config.standbys = config.child_standbys;
     config.ring_entries = config.child_ring_entries;

@@ -67,6 +67,34 @@ pub struct Womb {
     pub owned: Option<PageBits>,
 }
 
+/// Which side of [`Zygote::fork`] this is.
+#[derive(Debug)]
+pub enum Twin {
+    /// The calling process goes on.
+    Instance {
+        /// The line to the other one.
+        zygote: Zygote,
+        /// As it was given.
+        womb: Womb,
+    },
+    /// The new process, whose [`live`] it is.
+    Zygote {
+        /// A copy of it.
+        womb: Womb,
+        /// The line to the other one.
+        line: OwnedFd,
+    },
+}
+
+/// What a process that was forked to become a standby begins with.
+#[derive(Debug)]
+pub(super) struct Embryo {
+    pub(super) womb: Womb,
+    pub(super) slot: usize,
+    pub(super) parent: Uuid,
+    pub(super) line: OwnedFd,
+}
+
 /// An instance's end of the connection to its zygote.
 #[derive(Debug)]
 pub struct Zygote {
@@ -79,23 +107,22 @@ pub struct Zygote {
 impl Zygote {
     /// Forks the zygote of this process.
     ///
-    /// `keep` is what the zygote takes over besides its socket.
-    ///
     /// # Safety
     ///
-    /// This process has one thread. In the new process nothing but `womb` is used again: the
+    /// This process has one thread. In the new process nothing but what this returns is used again: the
     /// caller's other descriptors are closed there, without running destructors.
     ///
     /// # Errors
     ///
     /// What socketpair(2) and fork(2) say.
-    pub unsafe fn fork(womb: Womb) -> Result<(Self, Womb), SysError> {
+    pub unsafe fn fork(womb: Womb) -> Result<Twin, SysError> {
         let (ours, theirs) = sys::socket_pair()?;
         // SAFETY: one thread, by this function's contract.
         match unsafe { sys::fork() }? {
             Forked::Parent { child } => {
                 drop(theirs);
-                Ok((Self { socket: ours, pid: child, tail: 0 }, womb))
+                let zygote = Self { socket: ours, pid: child, tail: 0 };
+                Ok(Twin::Instance { zygote, womb })
             }
             Forked::Child => {
                 let keep = womb.descriptors(&theirs);
@@ -105,7 +132,7 @@ impl Zygote {
                 beacon::role(beacon::Role::Zygote);
                 sys::set_process_name("ukp-zygote");
                 sys::reap_children_automatically();
-                serve(womb, theirs)
+                Ok(Twin::Zygote { womb, line: theirs })
             }
         }
     }
@@ -237,7 +264,7 @@ pub fn serve_raised(socket: OwnedFd) -> ! {
     sys::open_to_its_own();
     sys::reap_children_automatically();
     match raised_womb(&socket) {
-        Ok(womb) => serve(womb, socket),
+        Ok(womb) => live(womb, socket),
         // The instance sees the line closed.
         Err(_) => std::process::exit(1),
     }
@@ -253,7 +280,19 @@ fn raised_womb(socket: &OwnedFd) -> Result<Womb, ForkCause> {
     Ok(Womb { host: Host::open()?, config, link, image: None, mapping: None, owned: None })
 }
 
-fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
+/// The life of a zygote, and of all that come out of it.
+///
+/// A standby's process returns here from where it was forked, and so does its own zygote's. If they went
+/// on from there, the stack would be deeper with each generation: a fork would come to pages that nobody
+/// has touched yet, for which the kernel takes 2 us per ancestor, and one day to its end.
+pub fn live(mut womb: Womb, mut line: OwnedFd) -> ! {
+    loop {
+        (womb, line) = standby::run(serve(womb, line));
+    }
+}
+
+/// Does what the instance says, until it is gone. Returns in processes that are to become standbys.
+fn serve(mut womb: Womb, socket: OwnedFd) -> Embryo {
     let mut buffer = [0_u8; 256];
     let mut consolidation = Consolidation::default();
     loop {
@@ -294,7 +333,7 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> ! {
                         }
                         Ok(Forked::Child) => {
                             std::mem::forget((socket, consolidation));
-                            standby::run(womb, slot as usize, parent, line)
+                            return Embryo { womb, slot: slot as usize, parent, line };
                         }
                         Err(error) => Answer::Failed { errno: error.errno() },
                     },

@@ -451,6 +451,7 @@ impl Instance {
     /// `avoid` is 1 + a processor to keep away from. Tells whether it has the priority; without
     /// permission the thread stays as it is, and `runtime doctor` tells.
     pub fn prepare_thread(&self, avoid: u32) -> bool {
+        sys::populate_stack();
         let cpus = match self.standby_cpus & !bit(avoid) {
             0 => self.standby_cpus,
             cpus => cpus,

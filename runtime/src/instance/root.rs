@@ -14,8 +14,8 @@ use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError};
 use crate::device::virtio::{Bus, DeviceError};
 use crate::fork::{
-    Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Womb, Zygote,
-    capacity,
+    Base, Engine, ForkCause, ForkError, Identity, Keeper, Link, MAX_VCPUS, Step, Twin, Womb,
+    Zygote, capacity, live,
 };
 use crate::kvm::{Host, KvmError, Machine, MachineConfig, Vcpu, VcpuState, VmState};
 use crate::memory::{BackingKind, Image, MemoryError, RamLayout, Unsealed, Writable};
@@ -89,7 +89,10 @@ fn start(owner: &OwnedFd) -> Result<i32, StartError> {
     let womb = Womb { host, config, link, image: None, mapping: None, owned: None };
     sys::reap_children_automatically();
     // SAFETY: this process has not started a thread yet.
-    let (zygote, womb) = unsafe { Zygote::fork(womb) }?;
+    let (zygote, womb) = match unsafe { Zygote::fork(womb) }? {
+        Twin::Instance { zygote, womb } => (zygote, womb),
+        Twin::Zygote { womb, line } => live(womb, line),
+    };
     beacon::role(beacon::Role::Parent);
     let Womb { host, mut config, link, .. } = womb;
     let layout = RamLayout::new(config.memory_mib);

@@ -71,6 +71,19 @@ pub fn populate_program() {
     .unwrap_or(());
 }
 
+/// Writes to the part of this thread's stack that deeper calls are going to use: a page that is touched
+/// for the first time when it counts costs a fault then.
+#[inline(never)]
+pub fn populate_stack() {
+    /// The deepest call of a fork, with room.
+    const BYTES: usize = 32 * 1024;
+    let mut room = std::mem::MaybeUninit::<[u8; BYTES]>::uninit();
+    for offset in (0..BYTES).step_by(crate::memory::PAGE) {
+        // SAFETY: inside the array, which nothing else uses, and which nobody reads.
+        unsafe { room.as_mut_ptr().cast::<u8>().add(offset).write_volatile(0) };
+    }
+}
+
 /// Reads another process's memory, at the same addresses as in this one, into place.
 ///
 /// # Safety

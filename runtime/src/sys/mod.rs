@@ -8,7 +8,8 @@ mod thread;
 use std::io;
 
 pub use memory::{
-    available_bytes, copy_from_twin, populate_program, unmap_pages, warm_free_memory,
+    available_bytes, copy_from_twin, populate_program, populate_stack, unmap_pages,
+    warm_free_memory,
 };
 pub use process::{
     Forked, adopt, close_all_but, cpu_ns, cpu_ns_of, die_with_parent, fork, minor_faults,
