@@ -14,6 +14,7 @@ pub use ebpf_common::Role;
 
 use crate::fork::Moment;
 use crate::memory::Mapping;
+use crate::sys::now_ns;
 
 /// As `ebpf_common::Beacon`.
 #[repr(C)]
@@ -66,6 +67,22 @@ pub fn role_at(ns: u64) -> u8 {
         && ns.saturating_sub(BEACON.born_ns.load(Relaxed)) < Role::YOUNG_NS;
     // A role's number is small.
     if young { Role::Young as u8 } else { u8::try_from(role).unwrap_or(0) }
+}
+
+/// The number of the [`Role`] that this process has now. The clock is read while it matters.
+#[must_use]
+pub fn role_now() -> u8 {
+    // The child of one that has grown up has a birth of its own.
+    static GROWN: AtomicU64 = AtomicU64::new(0);
+    let (role, born) = (BEACON.role.load(Relaxed), BEACON.born_ns.load(Relaxed));
+    if role != Role::Parent as u32 || GROWN.load(Relaxed) == born {
+        return u8::try_from(role).unwrap_or(0);
+    }
+    let role = role_at(now_ns());
+    if role == Role::Parent as u8 {
+        GROWN.store(born, Relaxed);
+    }
+    role
 }
 
 /// A moment of a fork was reached in this process at `ns`. What happens from now on belongs to what

@@ -26,18 +26,17 @@ pub fn counted(rig: &Rig, uuid: Uuid) -> Result<Counted> {
     all.get(&pid).cloned().context("nothing was counted of it")
 }
 
-/// Faults of the guest that KVM resolved, and exits for a port.
-fn seen(counted: &Counted) -> (u64, u64) {
-    let of = |wanted: Metric| {
-        counted.iter().filter(move |((_, metric), _)| *metric == wanted).map(|(_, it)| it)
-    };
-    let faults = of(Metric::KvmFault).map(ebpf_loader::Histogram::count).sum();
-    let exits = of(Metric::Exits).flat_map(ebpf_loader::Histogram::cells);
-    let io = exits.filter(|(reason, ..)| *reason == IO).map(|(.., cell)| cell.count).sum();
-    (faults, io)
+/// Faults of the guest that KVM resolved, as the probes saw, and exits for a port, as the instance did.
+fn seen(rig: &Rig) -> Result<(u64, u64)> {
+    let faults = count(&counted(rig, rig.root)?, &[], &[Metric::KvmFault]);
+    let own = rig.owner.counted(rig.root)?;
+    let exits = own.iter().filter(|((_, metric), _)| *metric == Metric::Exits);
+    let cells = exits.flat_map(|(_, histogram)| histogram.cells());
+    let io = cells.filter(|(reason, ..)| *reason == IO).map(|(.., cell)| cell.count).sum();
+    Ok((faults, io))
 }
 
-/// What the probes and what KVM counted.
+/// What the probes and the instance, and what KVM counted.
 type Looked = ((u64, u64), BTreeMap<String, u64>);
 
 /// Runs a known workload in the root: both count the same faults and exits of it, and not fewer than
@@ -49,9 +48,7 @@ type Looked = ((u64, u64), BTreeMap<String, u64>);
 pub fn agree_with_kvm(rig: &Rig) -> Result<()> {
     const PAGES: u64 = 700;
     const EXITS: u64 = 500;
-    let both = || -> Result<Looked> {
-        Ok((seen(&counted(rig, rig.root)?), rig.owner.kvm_stats(rig.root)?))
-    };
+    let both = || -> Result<Looked> { Ok((seen(rig)?, rig.owner.kvm_stats(rig.root)?)) };
     // Until nothing moves any more: after its results a guest still asks to be parked.
     let look = || -> Result<Looked> {
         let mut last = both()?;

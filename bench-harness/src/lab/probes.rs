@@ -40,12 +40,11 @@ const LEVELS: [(Level, &str); 4] =
     [(Level::Off, "off"), (Level::On, "on"), (Level::All, "all"), (Level::Trace, "trace")];
 
 /// What is told of each child: metric, role, what is added up.
-const OF_A_CHILD: [(&str, Role, &[Metric]); 5] = [
+const OF_A_CHILD: [(&str, Role, &[Metric]); 4] = [
     ("child_process_faults", Role::Child, &Metric::PROCESS_FAULTS),
     ("child_guest_faults", Role::Child, &[Metric::KvmFault]),
     ("young_process_faults", Role::Young, &Metric::PROCESS_FAULTS),
     ("young_guest_faults", Role::Young, &[Metric::KvmFault]),
-    ("young_exits", Role::Young, &[Metric::Exits]),
 ];
 
 /// What one block measured, in µs: the median of its `branch_us`, a page fault, an exit.

@@ -3,7 +3,8 @@
 //! | | is |
 //! | --- | --- |
 //! | [`Beacon`] | what a process of ours says about itself, read by the probes where it lies |
-//! | [`Tracked`], [`Thread`] | what the probes know of a process and of a thread |
+//! | [`Thread`] | what the probes know of a thread |
+//! | [`Settings`] | what the loader says to all of them |
 //! | [`Kind`], [`Begun`] | what a thread waits for the end of |
 //! | [`Sample`] | one value, of a process that is new |
 //! | [`CellKey`], [`Cell`] | one bucket of one histogram |
@@ -37,18 +38,6 @@ pub struct Beacon {
     pub born_ns: u64,
 }
 
-/// What the probes know of a process, by its id.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Tracked {
-    /// Address of its [`Beacon`]; 0 if that is not known.
-    pub beacon: u64,
-    /// What its beacon said when it was read last: the [`Role`], not yet [`Role::Young`],
-    pub role: u64,
-    /// and when it ran its guest first.
-    pub born_ns: u64,
-}
-
 /// Values that are kept in a thread's own entry.
 ///
 /// A fork's child is a process that nothing was counted of before: each new bucket of a histogram
@@ -72,12 +61,20 @@ pub enum Kind {
 /// Number of kinds.
 pub const KINDS: usize = 4;
 
-/// What the probes know of a thread, by its id.
+/// What the probes know of a thread, by its id. What each of them looks at comes first: it lies together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Thread {
     /// Its process.
-    pub pid: u64,
+    pub pid: u32,
+    /// Its own id; 0 when it has ended: a thread of this number is another one then.
+    pub tid: u32,
+    /// Address of its process's [`Beacon`]; 0 if that is not known here.
+    pub beacon: u64,
+    /// What the beacon said when this thread read it last: the [`Role`], not yet [`Role::Young`],
+    pub role: u64,
+    /// and when the process ran its guest first.
+    pub born_ns: u64,
     /// How many of `samples` there are.
     pub used: u64,
     /// What it waits for the end of.
@@ -89,6 +86,20 @@ pub struct Thread {
 /// Words of a [`Thread`].
 pub const THREAD_WORDS: usize = size_of::<Thread>() / 8;
 
+/// What holds for all programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Settings {
+    /// Since when the programs of each kind of beginning have been attached, in ns of the monotonic
+    /// clock.
+    pub since: [u64; KINDS],
+    /// Not 0: what happens is sent one by one, too.
+    pub traced: u64,
+}
+
+/// Words of [`Settings`].
+pub const SETTINGS_WORDS: usize = size_of::<Settings>() / 8;
+
 /// One value of one metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
@@ -96,7 +107,7 @@ pub struct Sample {
     pub role: u8,
     /// A [`Metric`].
     pub metric: u8,
-    /// In ns; for [`Metric::Exits`] the reason.
+    /// In ns; for [`Metric::Exits`], which instances count themselves, the reason.
     pub value: u64,
 }
 
@@ -131,21 +142,43 @@ pub struct CellKey {
     pub role: u8,
     /// A [`Metric`].
     pub metric: u8,
-    /// See [`bucket()`]; for [`Metric::Exits`] the reason.
+    /// See [`bucket()`].
     pub bucket: u16,
 }
 
-impl Tracked {
-    /// As the loader reads and writes it.
+impl Settings {
+    /// As the loader writes it.
     #[must_use]
-    pub const fn words(self) -> [u64; 3] {
-        [self.beacon, self.role, self.born_ns]
+    pub const fn words(self) -> [u64; SETTINGS_WORDS] {
+        let [fault, kvm, wake, call] = self.since;
+        [fault, kvm, wake, call, self.traced]
+    }
+}
+
+impl Thread {
+    /// One that nothing is known of, as the loader writes it.
+    #[must_use]
+    pub const fn new_words(pid: u32, tid: u32) -> [u64; THREAD_WORDS] {
+        let mut words = [0; THREAD_WORDS];
+        // On a little-endian machine.
+        words[0] = pid as u64 | (tid as u64) << 32;
+        words
     }
 
-    /// The same backwards.
+    /// Whether it has ended, from what lies in memory.
     #[must_use]
-    pub const fn from_words([beacon, role, born_ns]: [u64; 3]) -> Self {
-        Self { beacon, role, born_ns }
+    pub const fn has_ended(words: &[u64; THREAD_WORDS]) -> bool {
+        words[0] >> 32 == 0
+    }
+
+    /// Its process and its samples, from what lies in memory.
+    #[expect(clippy::cast_possible_truncation, reason = "the id of a process")]
+    pub fn from_words(words: &[u64; THREAD_WORDS]) -> (u32, impl Iterator<Item = Sample>) {
+        const HEAD: usize = THREAD_WORDS - SAMPLES;
+        const USED: usize = core::mem::offset_of!(Thread, used) / 8;
+        let used = usize::try_from(words[USED]).unwrap_or(usize::MAX).min(SAMPLES);
+        let samples = words[HEAD..HEAD + used].iter();
+        (words[0] as u32, samples.map(|word| Sample::from_word(*word)))
     }
 
     /// The number of the [`Role`] that it has at `now`.
@@ -157,17 +190,6 @@ impl Tracked {
             && self.born_ns != 0
             && now.saturating_sub(self.born_ns) < Role::YOUNG_NS;
         if young { Role::Young as u8 } else { self.role as u8 }
-    }
-}
-
-impl Thread {
-    /// Its process and its samples, from what lies in memory.
-    #[expect(clippy::cast_possible_truncation, reason = "the id of a process")]
-    pub fn from_words(words: &[u64; THREAD_WORDS]) -> (u32, impl Iterator<Item = Sample>) {
-        const HEAD: usize = THREAD_WORDS - SAMPLES;
-        let used = usize::try_from(words[1]).unwrap_or(usize::MAX).min(SAMPLES);
-        let samples = words[HEAD..HEAD + used].iter();
-        (words[0] as u32, samples.map(|word| Sample::from_word(*word)))
     }
 }
 
@@ -239,14 +261,26 @@ mod tests {
         let key = CellKey { pid: 0x0403_0201, role: 5, metric: 6, bucket: 0x0807 };
         assert_eq!(key.word(), 0x0807_0605_0403_0201);
         assert_eq!(CellKey::from_word(key.word()), key);
-        let tracked = Tracked { beacon: 7, role: 2, born_ns: 5 };
-        assert_eq!(Tracked::from_words(tracked.words()), tracked);
+        let settings = Settings { since: [1, 2, 3, 4], traced: 5 };
+        assert_eq!(settings.words(), [1, 2, 3, 4, 5]);
     }
 
     #[test]
     fn an_instance_is_young_for_a_millisecond() {
-        let role =
-            |role, born_ns, now| Tracked { beacon: 0, role: role as u64, born_ns }.role_at(now);
+        let mut thread = Thread {
+            pid: 1,
+            tid: 1,
+            beacon: 0,
+            role: 0,
+            born_ns: 0,
+            used: 0,
+            begun: [Begun::default(); KINDS],
+            samples: [0; SAMPLES],
+        };
+        let mut role = |role, born_ns, now| {
+            (thread.role, thread.born_ns) = (role as u64, born_ns);
+            thread.role_at(now)
+        };
         assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS - 1), Role::Young as u8);
         assert_eq!(role(Role::Parent, 5, 5 + Role::YOUNG_NS), Role::Parent as u8);
         assert_eq!(role(Role::Parent, 0, 1), Role::Parent as u8, "a root");
@@ -266,15 +300,18 @@ mod tests {
     #[test]
     fn a_thread_is_read_as_it_lies_in_memory() {
         let sample = |value| Sample { role: 4, metric: 1, value };
-        let mut words = [0; THREAD_WORDS];
+        let mut words = Thread::new_words(7, 8);
         let first = core::mem::offset_of!(Thread, samples) / 8;
-        (words[0], words[1]) = (7, 2);
+        let used = core::mem::offset_of!(Thread, used) / 8;
+        words[used] = 2;
         (words[first], words[first + 1]) = (sample(5).word(), sample(6).word());
         words[first + 2] = sample(7).word();
         let (pid, samples) = Thread::from_words(&words);
-        assert_eq!(pid, 7);
+        assert!(pid == 7 && !Thread::has_ended(&words));
         assert!(samples.eq([sample(5), sample(6)]));
-        words[1] = u64::MAX;
+        words[used] = u64::MAX;
         assert_eq!(Thread::from_words(&words).1.count(), SAMPLES);
+        words[0] = 7;
+        assert!(Thread::from_words(&words).0 == 7 && Thread::has_ended(&words));
     }
 }

@@ -92,7 +92,7 @@ pub enum Metric {
     OwnMajor = 5,
     /// Faults of the guest that KVM resolved.
     KvmFault = 6,
-    /// Exits to user space by reason: no time, the bucket is the reason.
+    /// Exits to user space by reason: no time, the bucket is the reason. Instances count their own.
     Exits = 7,
     /// From the wake-up of a thread until it ran.
     OffCpu = 8,

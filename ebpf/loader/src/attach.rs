@@ -2,14 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Array, MapError};
 use aya::programs::perf_event::{PerfEventConfig, PerfEventScope, SamplePolicy, SoftwareEvent};
 use aya::programs::uprobe::UProbeScope;
 use aya::programs::{FExit, PerfEvent, ProgramError, RawTracePoint, UProbe};
 use aya::{Btf, Ebpf};
 use ebpf_common::Kind;
 use rustix::io::Errno;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::probes::{Attached, Level, Refused};
 
@@ -61,7 +59,7 @@ pub(crate) const FAULTS_END: &str = "time of page faults";
 use How::{Counter, FExit as AtExit, RawTracepoint as Raw, Stage};
 
 /// Everything. What begins comes before what ends it.
-pub(crate) const PARTS: [Part; 8] = [
+pub(crate) const PARTS: [Part; 7] = [
     Part {
         what: "processes",
         ways: &[&[
@@ -97,13 +95,6 @@ pub(crate) const PARTS: [Part; 8] = [
         level: Level::On,
     },
     Part {
-        what: "exits",
-        ways: &[&[("kvm_userspace_exit", Raw("kvm_userspace_exit"))]],
-        kind: None,
-        required: false,
-        level: Level::All,
-    },
-    Part {
         what: "faults of the guest",
         ways: &[
             &[
@@ -111,8 +102,13 @@ pub(crate) const PARTS: [Part; 8] = [
                 ("kvm_set_spte", Raw("kvm_mmu_set_spte")),
                 ("kvm_page_fault", Raw("kvm_page_fault")),
                 ("kvm_entry", Raw("kvm_entry")),
+                ("kvm_userspace_exit", Raw("kvm_userspace_exit")),
             ],
-            &[("kvm_page_fault", Raw("kvm_page_fault")), ("kvm_entry", Raw("kvm_entry"))],
+            &[
+                ("kvm_page_fault", Raw("kvm_page_fault")),
+                ("kvm_entry", Raw("kvm_entry")),
+                ("kvm_userspace_exit", Raw("kvm_userspace_exit")),
+            ],
         ],
         kind: Some(Kind::Kvm),
         required: false,
@@ -140,15 +136,6 @@ pub(crate) const PARTS: [Part; 8] = [
         level: Level::Trace,
     },
 ];
-
-/// What begins from now on can end in these programs.
-pub(crate) fn begin(ebpf: &mut Ebpf, kind: Kind) -> Result<(), MapError> {
-    let now = clock_gettime(ClockId::Monotonic);
-    // Of a clock that began with the machine.
-    let ns = now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned();
-    let map = ebpf.map_mut("SINCE").ok_or(MapError::InvalidName { name: "SINCE".to_owned() })?;
-    Array::<_, u64>::try_from(map)?.set(kind as u32, ns, 0)
-}
 
 /// Loads and attaches a part the best way that this kernel allows. `None`: no way.
 pub(crate) fn attach(

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, PerCpuValues};
 use aya::{Ebpf, EbpfLoader};
 use ebpf_common::{
-    Cell, CellKey, Metric, Role, Sample, THREAD_WORDS, Thread, Tracked, bucket, lost,
+    Cell, CellKey, Metric, Role, SETTINGS_WORDS, Sample, Settings, THREAD_WORDS, Thread, bucket,
+    lost,
 };
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::attach::{self, FAULTS_END, PARTS, Part, Way};
@@ -25,9 +27,9 @@ pub enum Level {
     /// What costs next to nothing.
     #[default]
     On,
-    /// Exits of guests and their faults, too.
+    /// Faults of guests, too.
     All,
-    /// Calls to KVM and moments of forks, too: for looking at single forks.
+    /// Calls to KVM, exits and moments of forks, too: for looking at single forks.
     Trace,
 }
 
@@ -101,6 +103,7 @@ pub struct Probes {
     attached: Vec<(Attached, Way)>,
     /// Whether page faults are timed.
     faults_end: bool,
+    settings: Settings,
     level: Level,
     refused: Vec<Refused>,
     ended: Counted,
@@ -180,6 +183,7 @@ impl Probes {
             ebpf,
             attached: Vec::new(),
             faults_end,
+            settings: Settings::default(),
             level: Level::Off,
             refused: Vec::new(),
             ended: Counted::new(),
@@ -189,8 +193,8 @@ impl Probes {
         Ok(probes)
     }
 
-    /// Attaches what belongs to `level` and is not, and takes off what does not belong to it. What
-    /// is forked by a process that is measured while nothing is attached is not measured later.
+    /// Attaches what belongs to `level` and is not, and takes off what does not belong to it. A process
+    /// that is forked by one that is measured while nothing is attached is not measured later.
     ///
     /// # Errors
     ///
@@ -203,13 +207,16 @@ impl Probes {
             attach::detach(&mut self.ebpf, way);
         }
         self.attached = stay;
+        let nothing = self.attached.is_empty();
         for part in PARTS.iter().filter(|part| part.level <= level) {
             let there = self.attached.iter().any(|(attached, _)| attached.what == part.what);
             if there || part.what == FAULTS_END && !self.faults_end {
                 continue;
             }
             if let Some(kind) = part.kind {
-                attach::begin(&mut self.ebpf, kind).map_err(ProbeError::map("SINCE"))?;
+                // What begins from now on can end in these programs.
+                self.settings.since[kind as usize] = now_ns();
+                self.tell()?;
             }
             match attach::attach(&mut self.ebpf, part, &mut self.refused) {
                 Some(attached) => self.attached.push(attached),
@@ -223,7 +230,21 @@ impl Probes {
             }
         }
         self.level = level;
+        if nothing && !self.attached.is_empty() {
+            // What threads they have got meanwhile nobody saw.
+            let pids: Result<Vec<u32>, _> = processes(&mut self.ebpf)?.keys().collect();
+            for pid in pids.map_err(ProbeError::map("PROCESSES"))? {
+                self.track_threads(pid)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Says to all programs what holds.
+    fn tell(&mut self) -> Result<(), ProbeError> {
+        let mut settings: Array<&mut MapData, [u64; SETTINGS_WORDS]> =
+            map(&mut self.ebpf, "SETTINGS")?.try_into().map_err(ProbeError::map("SETTINGS"))?;
+        settings.set(0, self.settings.words(), 0).map_err(ProbeError::map("SETTINGS"))
     }
 
     /// How much is measured.
@@ -270,17 +291,33 @@ impl Probes {
     ///
     /// If there is no room for it.
     pub fn track(&mut self, pid: u32, beacon: u64) -> Result<(), ProbeError> {
-        let known = self.tracked(pid);
-        if known.is_some_and(|known| known.beacon == beacon) {
-            return Ok(());
+        if self.beacon_of(pid) != Some(beacon) {
+            processes(&mut self.ebpf)?
+                .insert(pid, beacon, 0)
+                .map_err(ProbeError::map("PROCESSES"))?;
         }
-        let known = known.unwrap_or_default();
-        processes(&mut self.ebpf)?
-            .insert(pid, Tracked { beacon, ..known }.words(), 0)
-            .map_err(ProbeError::map("PROCESSES"))
+        self.track_threads(pid)
     }
 
-    /// Measures a process no longer.
+    /// Measures the threads that a process has; of those to come a program hears.
+    fn track_threads(&mut self, pid: u32) -> Result<(), ProbeError> {
+        let mut threads = threads(&mut self.ebpf)?;
+        // A process that has ended has none.
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        for tid in tasks.filter_map(|task| task.file_name().to_str()?.parse::<u32>().ok()) {
+            let known = threads.get(&tid, 0);
+            if known.is_ok_and(|it| Thread::from_words(&it).0 == pid && !Thread::has_ended(&it)) {
+                continue;
+            }
+            threads
+                .insert(tid, Thread::new_words(pid, tid), 0)
+                .map_err(ProbeError::map("THREADS"))?;
+        }
+        Ok(())
+    }
+
+    /// Measures a process no longer. What was counted of it is added to [`Probes::ended`] when all is
+    /// read the next time.
     pub fn forget(&mut self, pid: u32) {
         if let Ok(mut processes) = processes(&mut self.ebpf) {
             // An error: it was not measured.
@@ -291,19 +328,18 @@ impl Probes {
     /// Whether a process is measured, because it was registered or descends from one that was.
     #[must_use]
     pub fn descends(&self, pid: u32) -> bool {
-        self.tracked(pid).is_some()
+        self.beacon_of(pid).is_some()
     }
 
     /// Whether a process is measured, and it is known where it says who it is.
     #[must_use]
     pub fn knows(&self, pid: u32) -> bool {
-        self.tracked(pid).is_some_and(|known| known.beacon != 0)
+        self.beacon_of(pid).is_some_and(|beacon| beacon != 0)
     }
 
-    fn tracked(&self, pid: u32) -> Option<Tracked> {
+    fn beacon_of(&self, pid: u32) -> Option<u64> {
         let map = self.ebpf.map("PROCESSES")?;
-        let processes = HashMap::<&MapData, u32, [u64; 3]>::try_from(map).ok()?;
-        processes.get(&pid, 0).ok().map(Tracked::from_words)
+        HashMap::<&MapData, u32, u64>::try_from(map).ok()?.get(&pid, 0).ok()
     }
 
     /// Reads what was counted of processes that live. Those that have ended are added to
@@ -405,15 +441,20 @@ impl Probes {
             let events = self.ebpf.take_map("EVENTS").ok_or(ProbeError::NotBuilt("EVENTS"))?;
             self.trace = Some(Trace::new(events)?);
         }
-        let mut traced: Array<&mut MapData, u32> =
-            map(&mut self.ebpf, "TRACED")?.try_into().map_err(ProbeError::map("TRACED"))?;
-        traced.set(0, u32::from(on), 0).map_err(ProbeError::map("TRACED"))
+        self.settings.traced = on.into();
+        self.tell()
     }
 
     /// The events since the last time.
     pub fn events(&mut self) -> Vec<ebpf_common::Event> {
         self.trace.as_mut().map(Trace::drain).unwrap_or_default()
     }
+}
+
+/// The clock of the programs, which began with the machine.
+fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
 fn map<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut aya::maps::Map, ProbeError> {
@@ -432,8 +473,8 @@ fn cells(ebpf: &mut Ebpf) -> Result<Cells<'_>, ProbeError> {
     map(ebpf, "CELLS")?.try_into().map_err(ProbeError::map("CELLS"))
 }
 
-/// To [`Tracked::words`].
-type Processes<'a> = HashMap<&'a mut MapData, u32, [u64; 3]>;
+/// To the address of its beacon.
+type Processes<'a> = HashMap<&'a mut MapData, u32, u64>;
 /// To what [`Thread::from_words`] reads.
 type Threads<'a> = HashMap<&'a mut MapData, u32, [u64; THREAD_WORDS]>;
 /// [`CellKey::word`] to count and sum.
@@ -467,12 +508,8 @@ fn sum(values: &PerCpuValues<[u64; 2]>) -> Cell {
 fn add_samples(counted: &mut Counted, words: &[u64; THREAD_WORDS]) {
     let (pid, samples) = Thread::from_words(words);
     for Sample { role, metric, value } in samples {
-        let (bucket, sum) = if metric == Metric::Exits as u8 {
-            (u16::try_from(value).unwrap_or(u16::MAX), 0)
-        } else {
-            (bucket(value), value)
-        };
-        add(counted, CellKey { pid, role, metric, bucket }, Cell { count: 1, sum });
+        let key = CellKey { pid, role, metric, bucket: bucket(value) };
+        add(counted, key, Cell { count: 1, sum: value });
     }
 }
 

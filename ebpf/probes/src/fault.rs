@@ -2,11 +2,11 @@
 
 use aya_ebpf::macros::{fexit, perf_event, raw_tracepoint};
 use aya_ebpf::programs::{FExitContext, PerfEventContext, RawTracePointContext};
-use ebpf_common::{EventKind, Kind, Metric};
+use ebpf_common::{EventKind, Kind, Metric, Thread};
 
 use crate::begun;
 use crate::maps::faults_end;
-use crate::record::{current, event, ids, is_ours, took};
+use crate::record::{current, event, now, this, took};
 
 /// Bits of the error code: the page was there, it was a write.
 const PRESENT: u64 = 1;
@@ -55,31 +55,28 @@ pub fn fault_major(_ctx: PerfEventContext) -> u32 {
 
 #[inline(always)]
 fn begins(address: u64, code: u64) -> i32 {
-    let (pid, tid) = ids();
-    if is_ours(pid) {
-        if faults_end() == 0 {
-            counted(address, code, false, 0);
-        } else {
-            begun::begin(Kind::Fault, (pid, tid), address, code);
-        }
+    let Some(thread) = this() else { return 0 };
+    if faults_end() == 0 {
+        counted(thread, address, code, false, 0, now());
+    } else {
+        begun::begin(thread, Kind::Fault, address, code);
     }
     0
 }
 
 #[inline(always)]
 fn ends(major: bool) -> u32 {
-    let (pid, tid) = ids();
-    if is_ours(pid)
-        && let Some((begun, ns)) = begun::end(Kind::Fault, tid)
+    if let Some(thread) = this()
+        && let Some(fault) = begun::end(thread, Kind::Fault)
     {
-        counted(begun.what, begun.code, major, ns);
+        counted(thread, fault.what, fault.code, major, fault.ns, fault.now);
     }
     0
 }
 
 #[inline(always)]
-fn counted(address: u64, code: u64, major: bool, ns: u64) {
-    let Some(current) = current() else { return };
+fn counted(thread: &mut Thread, address: u64, code: u64, major: bool, ns: u64, now: u64) {
+    let current = current(thread, now);
     let offset = address.wrapping_sub(current.beacon.guest_start);
     let guest = offset < current.beacon.guest_len;
     let copied = code & (PRESENT | WRITE) == PRESENT | WRITE;
@@ -93,5 +90,5 @@ fn counted(address: u64, code: u64, major: bool, ns: u64) {
     };
     let what = if guest { offset } else { address };
     let detail = code & 0xffff_ffff | (metric as u64) << 32;
-    took(&current, metric, ns, event(EventKind::Fault, what, detail));
+    took(thread, &current, metric, ns, event(EventKind::Fault, what, detail));
 }

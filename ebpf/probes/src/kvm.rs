@@ -7,24 +7,26 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Kind, Metric};
 
 use crate::begun;
-use crate::record::{count, current, event, ids, is_ours, send, took};
+use crate::record::{current, current_now, event, send, this, took, traced};
 
 /// Our own number of having no reason.
 const INTERRUPTED: u32 = 0xff;
 /// Who walked the page tables of a fault.
 const BY_PROCESSOR: u64 = 1;
 
+/// What the guest waited for until now was no fault. Instances count their exits themselves; they are
+/// sent if that is asked for.
 #[raw_tracepoint(tracepoint = "kvm_userspace_exit")]
 pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
-    if let Some(current) = current() {
-        let reason: u32 = ctx.arg(0);
-        let errno: i32 = ctx.arg(1);
-        // Interrupted before it had a reason.
-        let reason = if errno < 0 { INTERRUPTED } else { reason & 0xff };
-        count(&current, Metric::Exits as u8, reason.into());
-        // What the guest waited for until now was no fault.
-        begun::end(Kind::Kvm, current.tid);
-        send(&current, 0, event(EventKind::Exit, reason.into(), 0));
+    if let Some(thread) = this() {
+        begun::forget(thread, Kind::Kvm);
+        if traced() {
+            let current = current_now(thread);
+            let errno: i32 = ctx.arg(1);
+            // Interrupted before it had a reason.
+            let reason = if errno < 0 { INTERRUPTED } else { ctx.arg::<u32>(0) & 0xff };
+            send(thread, &current, 0, event(EventKind::Exit, reason.into(), 0));
+        }
     }
     0
 }
@@ -32,9 +34,8 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
 /// Where the guest's page tables are walked in software: it begins.
 #[raw_tracepoint(tracepoint = "kvm_mmu_pagetable_walk")]
 pub fn kvm_walk(ctx: RawTracePointContext) -> i32 {
-    let (pid, tid) = ids();
-    if is_ours(pid) {
-        begun::begin(Kind::Kvm, (pid, tid), ctx.arg(0), 0);
+    if let Some(thread) = this() {
+        begun::begin(thread, Kind::Kvm, ctx.arg(0), 0);
     }
     0
 }
@@ -48,9 +49,8 @@ pub fn kvm_set_spte(ctx: RawTracePointContext) -> i32 {
 /// Where the processor walks them: it begins.
 #[raw_tracepoint(tracepoint = "kvm_page_fault")]
 pub fn kvm_page_fault(ctx: RawTracePointContext) -> i32 {
-    let (pid, tid) = ids();
-    if is_ours(pid) {
-        begun::begin(Kind::Kvm, (pid, tid), ctx.arg(1), BY_PROCESSOR);
+    if let Some(thread) = this() {
+        begun::begin(thread, Kind::Kvm, ctx.arg(1), BY_PROCESSOR);
     }
     0
 }
@@ -65,14 +65,13 @@ pub fn kvm_entry(_ctx: RawTracePointContext) -> i32 {
 /// software that has not ended has mapped nothing: it was no fault.
 #[inline(always)]
 fn ends(mapped: Option<u64>) -> i32 {
-    let (pid, tid) = ids();
-    if is_ours(pid)
-        && let Some((begun, ns)) = begun::end(Kind::Kvm, tid)
-        && (mapped.is_some() || begun.code == BY_PROCESSOR)
-        && let Some(current) = current()
+    if let Some(thread) = this()
+        && let Some(fault) = begun::end(thread, Kind::Kvm)
+        && (mapped.is_some() || fault.code == BY_PROCESSOR)
     {
-        let address = mapped.unwrap_or(begun.what);
-        took(&current, Metric::KvmFault, ns, event(EventKind::KvmFault, address, 0));
+        let current = current(thread, fault.now);
+        let event = event(EventKind::KvmFault, mapped.unwrap_or(fault.what), 0);
+        took(thread, &current, Metric::KvmFault, fault.ns, event);
     }
     0
 }

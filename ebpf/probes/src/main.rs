@@ -7,14 +7,15 @@
 //!   kvm_page_fault            ──>   kvm_entry                           kvm_fault
 //!   sched_waking              ──>   sched_switch                        off_cpu
 //!   sys_enter (ioctl)         ──>   sys_exit                            ioctl
-//!                                   kvm_userspace_exit                  exits
+//!                                   kvm_userspace_exit                  none of these
 //!   ukp:stage                 ──>   the next ukp:stage                  stage_…
 //! ```
 //!
 //! What begins is kept by thread ([`maps::THREADS`]), and so are the first values of a process that
 //! is new; others go to a bucket of its process, role and metric ([`maps::CELLS`]). To user space
 //! they are sent one by one only on demand. A process is ours if it is registered or was forked by one
-//! that is ([`process`]). Programs that cannot be attached on a host leave the others alone.
+//! that is ([`process`]); its threads have entries from their birth, so that one look at these tells whose a
+//! moment is. Programs that cannot be attached on a host leave the others alone.
 #![no_std]
 #![no_main]
 #![expect(clippy::inline_always, reason = "older kernels take no function calls in all programs")]

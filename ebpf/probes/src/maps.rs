@@ -2,21 +2,23 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
-use ebpf_common::{Cell, CellKey, KINDS, Thread, Tracked, lost};
+use ebpf_common::{Cell, CellKey, Settings, Thread, lost};
 
-/// Processes of ours.
+/// Processes of ours, each with the address of its [`Beacon`](ebpf_common::Beacon), 0 if that is not
+/// known: who is forked by one is ours too.
 #[map]
-pub static PROCESSES: HashMap<u32, Tracked> = HashMap::with_max_entries(32768, 0);
+pub static PROCESSES: HashMap<u32, u64> = HashMap::with_max_entries(32768, 0);
 
-/// Their threads: what each waits for the end of, and what is counted of new ones.
+/// Their threads: whoever is among them is ours, which takes one look, whatever it is for.
 #[map]
 pub static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(32768, 0);
 
-/// Since when the programs of each kind of beginning have been attached, in ns of the monotonic clock.
+/// What the loader says to all programs: one line of the processor's memory.
 #[map]
-pub static SINCE: Array<u64> = Array::with_max_entries(KINDS as u32, 0);
+static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// A thread that nothing is known of, on each processor: too large for the stack.
+/// What a new thread begins with, on each processor: too large for the stack. Written by one program, in
+/// whoever forks.
 #[map]
 pub static BLANK: PerCpuArray<Thread> = PerCpuArray::with_max_entries(1, 0);
 
@@ -24,10 +26,6 @@ pub static BLANK: PerCpuArray<Thread> = PerCpuArray::with_max_entries(1, 0);
 /// bucket costs 20 us where memory for it is looked for first.
 #[map]
 pub static CELLS: PerCpuHashMap<CellKey, Cell> = PerCpuHashMap::with_max_entries(65536, 0);
-
-/// Not 0: what happens is sent one by one, too.
-#[map]
-pub static TRACED: Array<u32> = Array::with_max_entries(1, 0);
 
 /// Where it is sent.
 #[map]
@@ -60,6 +58,12 @@ macro_rules! constant {
 constant!(task_pid, TASK_PID);
 constant!(task_tgid, TASK_TGID);
 constant!(faults_end, FAULTS_END);
+
+/// What the loader has said.
+#[inline(always)]
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
 
 /// Counts something that there was no room for.
 #[inline(always)]

@@ -3,24 +3,26 @@
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use aya_ebpf::macros::raw_tracepoint;
 use aya_ebpf::programs::RawTracePointContext;
-use ebpf_common::{Role, Tracked, lost};
+use ebpf_common::{Role, Thread, lost};
 
-use crate::begun;
-use crate::maps::{PROCESSES, lose, task_pid, task_tgid};
-use crate::record::ids;
+use crate::maps::{BLANK, PROCESSES, THREADS, lose, task_pid, task_tgid};
+use crate::record::{known, this};
 
-/// The thread's id of a `task_struct`.
+/// Process and thread of a `task_struct`.
 #[inline(always)]
-pub fn task_pid_of(task: u64) -> Option<u32> {
-    // SAFETY: the helper copes with every address.
-    unsafe { bpf_probe_read_kernel((task + u64::from(task_pid())) as *const u32) }.ok()
+pub fn ids_of(task: u64) -> Option<(u32, u32)> {
+    let word = size_of::<u32>() as u32;
+    if task_tgid() == task_pid() + word {
+        let [tid, pid] = read::<[u32; 2]>(task, task_pid())?;
+        return Some((pid, tid));
+    }
+    Some((read(task, task_tgid())?, read(task, task_pid())?))
 }
 
-/// The process's id of a `task_struct`.
 #[inline(always)]
-pub fn task_tgid_of(task: u64) -> Option<u32> {
+fn read<T>(task: u64, offset: u32) -> Option<T> {
     // SAFETY: the helper copes with every address.
-    unsafe { bpf_probe_read_kernel((task + u64::from(task_tgid())) as *const u32) }.ok()
+    unsafe { bpf_probe_read_kernel((task + u64::from(offset)) as *const T) }.ok()
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
@@ -33,20 +35,26 @@ pub fn process_fork(ctx: RawTracePointContext) -> i32 {
 /// The new thread's entry is made here, where nobody waits: an insertion costs a microsecond.
 #[inline(always)]
 fn forked(parent: u64, child: u64) -> i32 {
-    let (Some(parent), Some(pid), Some(tid)) =
-        (task_tgid_of(parent), task_tgid_of(child), task_pid_of(child))
-    else {
-        return 0;
-    };
-    let Some(tracked) = PROCESSES.get_ptr(&parent) else { return 0 };
-    begun::expect(pid, tid);
+    let (Some((parent, by)), Some((pid, tid))) = (ids_of(parent), ids_of(child)) else { return 0 };
+    let Some(beacon) = PROCESSES.get_ptr(&parent) else { return 0 };
+    // SAFETY: an element of a map that is not freed while this program runs.
+    let beacon = unsafe { *beacon };
+    let (mut role, mut born_ns) = (Role::Unknown as u64, 0);
     if parent != pid {
-        // SAFETY: an element of a map that is not freed while this program runs.
-        let beacon = unsafe { (*tracked).beacon };
-        let tracked = Tracked { beacon, role: Role::Unknown as u64, born_ns: 0 };
-        if PROCESSES.insert(&pid, &tracked, 0).is_err() {
+        if PROCESSES.insert(&pid, &beacon, 0).is_err() {
             lose(lost::PROCESSES);
         }
+    } else if let Some(by) = known(parent, by) {
+        (role, born_ns) = (by.role, by.born_ns);
+    }
+    let Some(blank): Option<*mut Thread> = BLANK.get_ptr_mut(0) else { return 0 };
+    // SAFETY: this processor's own slot, which no interrupt uses.
+    let blank = unsafe { &mut *blank };
+    (blank.pid, blank.tid) = (pid, tid);
+    (blank.beacon, blank.role, blank.born_ns) = (beacon, role, born_ns);
+    // It takes the place of one that has ended and had the same number.
+    if THREADS.insert(&tid, &*blank, 0).is_err() {
+        lose(lost::THREADS);
     }
     0
 }
@@ -59,13 +67,12 @@ pub fn process_exec(_ctx: RawTracePointContext) -> i32 {
 /// Its memory is another, and where it says what about itself is not known.
 #[inline(always)]
 fn executed() -> i32 {
-    let (pid, _) = ids();
-    if let Some(tracked) = PROCESSES.get_ptr_mut(&pid) {
-        // SAFETY: an element of a map that is not freed while this program runs.
-        let tracked = unsafe { &mut *tracked };
-        tracked.beacon = 0;
-        tracked.role = Role::Unknown as u64;
-        tracked.born_ns = 0;
+    if let Some(thread) = this() {
+        if let Some(beacon) = PROCESSES.get_ptr_mut(&thread.pid) {
+            // SAFETY: an element of a map that is not freed while this program runs.
+            unsafe { *beacon = 0 };
+        }
+        (thread.beacon, thread.role, thread.born_ns) = (0, Role::Unknown as u64, 0);
     }
     0
 }
@@ -75,14 +82,19 @@ pub fn process_exit(_ctx: RawTracePointContext) -> i32 {
     exited()
 }
 
-/// Of a process the first thread counts: when it ends, the others are about to. They may come later,
-/// and what they began is forgotten whoever they belong to.
+/// Of a process the first thread counts: when it ends, the others are about to. What was counted of a
+/// thread stays until the loader has read it.
 #[inline(always)]
 fn exited() -> i32 {
-    let (pid, tid) = ids();
-    begun::forget(tid);
+    let Some(thread) = this() else { return 0 };
+    let (pid, tid) = (thread.pid, thread.tid);
+    thread.tid = 0;
+    if thread.used == 0 {
+        // An error: the loader was faster.
+        THREADS.remove(&tid).unwrap_or(());
+    }
     if pid == tid {
-        // An error: it is none of ours.
+        // The same.
         PROCESSES.remove(&pid).unwrap_or(());
     }
     0

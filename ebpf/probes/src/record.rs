@@ -2,15 +2,13 @@
 
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user, generated};
 use ebpf_common::{
-    Beacon, Cell, CellKey, Event, EventKind, Metric, Role, SAMPLES, Sample, Tracked, bucket, lost,
+    Beacon, Cell, CellKey, Event, EventKind, Metric, Role, SAMPLES, Sample, Thread, bucket, lost,
 };
 
-use crate::maps::{CELLS, EVENTS, PROCESSES, THREADS, TRACED, lose};
+use crate::maps::{CELLS, EVENTS, PROCESSES, THREADS, lose, settings};
 
-/// A process of ours, at a moment.
+/// What a thread of ours is at a moment.
 pub struct Current {
-    pub pid: u32,
-    pub tid: u32,
     pub beacon: Beacon,
     pub role: u8,
 }
@@ -31,45 +29,58 @@ pub fn now() -> u64 {
     unsafe { generated::bpf_ktime_get_ns() }
 }
 
-/// Whether a process is ours.
+/// A thread of ours. One that has ended may have left its entry to the loader, and its number to
+/// somebody else.
 #[inline(always)]
-pub fn is_ours(pid: u32) -> bool {
-    PROCESSES.get_ptr(&pid).is_some()
+pub fn known(pid: u32, tid: u32) -> Option<&'static mut Thread> {
+    let thread = THREADS.get_ptr_mut(&tid)?;
+    // SAFETY: an element of a map that is not freed while this program runs, and that only this thread's
+    // programs write, and whoever wakes it.
+    let thread = unsafe { &mut *thread };
+    (thread.pid == pid && thread.tid == tid).then_some(thread)
 }
 
-/// The process of this moment, if it is ours, with what it says about itself. That is noted, too, for
-/// moments at which its memory is not at hand.
+/// The thread of this moment, if it is ours.
 #[inline(always)]
-pub fn current() -> Option<Current> {
+pub fn this() -> Option<&'static mut Thread> {
     let (pid, tid) = ids();
-    let tracked = PROCESSES.get_ptr_mut(&pid)?;
-    // SAFETY: an element of a map that is not freed while this program runs.
-    let known: &mut Tracked = unsafe { &mut *tracked };
-    let beacon = match known.beacon {
+    // Of the idle ones there is none.
+    if tid == 0 { None } else { known(pid, tid) }
+}
+
+/// What its process says about itself, now: `thread` is [`this`]. That is noted, too, for moments at
+/// which its memory is not at hand.
+#[inline(always)]
+pub fn look(thread: &mut Thread) -> Beacon {
+    if thread.beacon == 0 {
+        // SAFETY: an element of a map that is not freed while this program runs.
+        thread.beacon = PROCESSES.get_ptr(&thread.pid).map_or(0, |at| unsafe { *at });
+    }
+    let beacon = match thread.beacon {
         0 => None,
         // SAFETY: the helper copes with every address.
         at => unsafe { bpf_probe_read_user(at as *const Beacon) }.ok(),
     };
     // Its last thread has no memory any more when it leaves: then what was known holds.
-    if let Some(beacon) = &beacon {
-        let role = u64::from(beacon.role);
-        if known.role != role || known.born_ns != beacon.born_ns {
-            known.born_ns = beacon.born_ns;
-            known.role = role;
-        }
-    }
-    Some(Current { pid, tid, beacon: beacon.unwrap_or(SILENT), role: known.role_at(now()) })
+    let Some(beacon) = beacon else { return SILENT };
+    thread.role = beacon.role.into();
+    thread.born_ns = beacon.born_ns;
+    beacon
 }
 
-/// Counts a value: what took so many ns, or the reason of an exit.
+/// What `thread`, which is [`this`], is at `now`.
 #[inline(always)]
-pub fn count(current: &Current, metric: u8, value: u64) {
-    let Current { pid, tid, role, .. } = *current;
-    if !sampled(tid, role, metric, value) {
-        let (bucket, ns) =
-            if metric == Metric::Exits as u8 { (value as u16, 0) } else { (bucket(value), value) };
-        add(CellKey { pid, role, metric, bucket }, ns);
-    }
+pub fn current(thread: &mut Thread, now: u64) -> Current {
+    let beacon = look(thread);
+    Current { beacon, role: thread.role_at(now) }
+}
+
+/// The same of this moment: the clock is read only where it matters.
+#[inline(always)]
+pub fn current_now(thread: &mut Thread) -> Current {
+    let beacon = look(thread);
+    let now = if thread.born_ns == 0 { 0 } else { now() };
+    Current { beacon, role: thread.role_at(now) }
 }
 
 /// So many wake-ups of a standby's thread are kept as they are: the last of them belongs to a fork.
@@ -77,7 +88,7 @@ const WAKE_UPS: u64 = 16;
 
 /// Whether a value has found room in the thread's entry.
 #[inline(always)]
-fn sampled(tid: u32, role: u8, metric: u8, value: u64) -> bool {
+fn sampled(thread: &mut Thread, role: u8, metric: u8, value: u64) -> bool {
     let most = if role == Role::Child as u8 || role == Role::Young as u8 {
         SAMPLES as u64
     } else if role == Role::Standby as u8 && metric == Metric::OffCpu as u8 {
@@ -85,10 +96,6 @@ fn sampled(tid: u32, role: u8, metric: u8, value: u64) -> bool {
     } else {
         return false;
     };
-    let Some(thread) = THREADS.get_ptr_mut(&tid) else { return false };
-    // SAFETY: an element of a map that is not freed while this program runs, and that only this
-    // thread's programs write.
-    let thread = unsafe { &mut *thread };
     let at = thread.used;
     if at >= most {
         return false;
@@ -113,22 +120,31 @@ fn add(key: CellKey, ns: u64) {
 
 /// Counts something that took `ns`, and sends it if that is asked for.
 #[inline(always)]
-pub fn took(current: &Current, metric: Metric, ns: u64, event: Event) {
-    count(current, metric as u8, ns);
-    send(current, ns, event);
+pub fn took(thread: &mut Thread, current: &Current, metric: Metric, ns: u64, event: Event) {
+    let Current { role, .. } = *current;
+    if !sampled(thread, role, metric as u8, ns) {
+        add(CellKey { pid: thread.pid, role, metric: metric as u8, bucket: bucket(ns) }, ns);
+    }
+    send(thread, current, ns, event);
+}
+
+/// Whether what happens is sent.
+#[inline(always)]
+pub fn traced() -> bool {
+    settings().is_some_and(|settings| settings.traced != 0)
 }
 
 /// Sends an event if that is asked for.
 #[inline(always)]
-pub fn send(current: &Current, took_ns: u64, event: Event) {
-    if TRACED.get(0).is_none_or(|traced| *traced == 0) {
+pub fn send(thread: &Thread, current: &Current, took_ns: u64, event: Event) {
+    if !traced() {
         return;
     }
     let event = Event {
         ns: now(),
         took_ns,
-        pid: current.pid,
-        tid: current.tid,
+        pid: thread.pid,
+        tid: thread.tid,
         role: current.role,
         stage: current.beacon.stage as u16,
         ..event

@@ -13,9 +13,8 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Kind, Metric};
 
 use crate::begun;
-use crate::maps::PROCESSES;
-use crate::process::{task_pid_of, task_tgid_of};
-use crate::record::{Current, SILENT, current, event, is_ours, now, took};
+use crate::process::ids_of;
+use crate::record::{Current, SILENT, event, known, look, this, took};
 
 #[raw_tracepoint(tracepoint = "sched_waking")]
 pub fn sched_waking(ctx: RawTracePointContext) -> i32 {
@@ -25,35 +24,34 @@ pub fn sched_waking(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "sched_switch")]
 pub fn sched_switch(ctx: RawTracePointContext) -> i32 {
     // This moment is still the one's that leaves.
-    if let Some(leaving) = current() {
+    if let Some(leaving) = this() {
+        look(leaving);
         // Woken while it ran or could run: it did not wait for that.
-        begun::end(Kind::Wake, leaving.tid);
+        begun::forget(leaving, Kind::Wake);
     }
     runs(ctx.arg(2))
 }
 
 #[inline(always)]
 fn woken(task: u64) -> i32 {
-    if let Some(pid) = task_tgid_of(task)
-        && is_ours(pid)
-        && let Some(tid) = task_pid_of(task)
+    if let Some((pid, tid)) = ids_of(task)
+        && let Some(thread) = known(pid, tid)
     {
-        begun::begin(Kind::Wake, (pid, tid), 0, 0);
+        begun::begin(thread, Kind::Wake, 0, 0);
     }
     0
 }
 
 #[inline(always)]
 fn runs(task: u64) -> i32 {
-    if let Some(pid) = task_tgid_of(task)
-        && let Some(tracked) = PROCESSES.get_ptr(&pid)
-        && let Some(tid) = task_pid_of(task)
-        && let Some((_, ns)) = begun::end(Kind::Wake, tid)
+    if let Some((pid, tid)) = ids_of(task)
+        // Of the idle ones there is none.
+        && tid != 0
+        && let Some(thread) = known(pid, tid)
+        && let Some(wait) = begun::end(thread, Kind::Wake)
     {
-        // SAFETY: an element of a map that is not freed while this program runs.
-        let role = unsafe { &*tracked }.role_at(now());
-        let current = Current { pid, tid, beacon: SILENT, role };
-        took(&current, Metric::OffCpu, ns, event(EventKind::OffCpu, 0, 0));
+        let current = Current { beacon: SILENT, role: thread.role_at(wait.now) };
+        took(thread, &current, Metric::OffCpu, wait.ns, event(EventKind::OffCpu, 0, 0));
     }
     0
 }

@@ -5,12 +5,13 @@ use aya_ebpf::macros::uprobe;
 use aya_ebpf::programs::ProbeContext;
 use ebpf_common::EventKind;
 
-use crate::record::{current, event, send};
+use crate::record::{current_now, event, send, this};
 
 #[uprobe]
 pub fn stage(_ctx: ProbeContext) -> u32 {
-    if let Some(current) = current() {
-        send(&current, 0, event(EventKind::Stage, current.beacon.stage.into(), 0));
+    if let Some(thread) = this() {
+        let current = current_now(thread);
+        send(thread, &current, 0, event(EventKind::Stage, current.beacon.stage.into(), 0));
     }
     0
 }

@@ -12,7 +12,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{EventKind, Kind, Metric};
 
 use crate::begun;
-use crate::record::{current, event, ids, is_ours, send, took};
+use crate::record::{current, event, send, this, took};
 
 const IOCTL: u64 = 16;
 /// The type of KVM's request numbers, and where it lies in them.
@@ -30,17 +30,14 @@ pub fn sys_enter(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<u64>(1) != IOCTL {
         return 0;
     }
-    let (pid, tid) = ids();
-    if !is_ours(pid) {
-        return 0;
-    }
+    let Some(thread) = this() else { return 0 };
     let registers: u64 = ctx.arg(0);
     // SAFETY: the helper copes with every address.
     let request = unsafe { bpf_probe_read_kernel((registers + RSI) as *const u64) };
     if let Ok(request) = request
         && (request >> TYPE_SHIFT) & 0xff == KVMIO
     {
-        begun::begin(Kind::Call, (pid, tid), request & 0xff, 0);
+        begun::begin(thread, Kind::Call, request & 0xff, 0);
     }
     0
 }
@@ -50,17 +47,16 @@ pub fn sys_exit(ctx: RawTracePointContext) -> i32 {
     let registers: u64 = ctx.arg(0);
     // SAFETY: the helper copes with every address.
     let number = unsafe { bpf_probe_read_kernel((registers + ORIG_RAX) as *const u64) };
-    let (pid, tid) = ids();
     if number == Ok(IOCTL)
-        && is_ours(pid)
-        && let Some((begun, ns)) = begun::end(Kind::Call, tid)
-        && let Some(current) = current()
+        && let Some(thread) = this()
+        && let Some(call) = begun::end(thread, Kind::Call)
     {
-        let event = event(EventKind::Ioctl, begun.what, 0);
-        if begun.what == RUN {
-            send(&current, ns, event);
+        let current = current(thread, call.now);
+        let event = event(EventKind::Ioctl, call.what, 0);
+        if call.what == RUN {
+            send(thread, &current, call.ns, event);
         } else {
-            took(&current, Metric::Ioctl, ns, event);
+            took(thread, &current, Metric::Ioctl, call.ns, event);
         }
     }
     0

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
-use super::calls::timed;
+use super::calls::{exited, timed};
 use super::host::{Host, MSR_TSC_ADJUST};
 use super::{KvmError, VcpuState, broken};
 
@@ -119,8 +119,12 @@ impl Vcpu {
     pub fn run(&mut self) -> Result<Option<VcpuExit<'_>>, KvmError> {
         self.unfinished = false;
         self.accessed = false;
+        let reason = &raw const self.fd.get_kvm_run().exit_reason;
         match self.fd.run() {
             Ok(exit) => {
+                // SAFETY: in the `kvm_run` page, which is mapped as long as the vCPU lives; what the exit
+                // borrows of it lies elsewhere.
+                exited(Some(unsafe { reason.read_volatile() }));
                 self.unfinished = matches!(
                     exit,
                     VcpuExit::IoIn(..)
@@ -134,8 +138,13 @@ impl Vcpu {
                 self.accessed = self.unfinished;
                 Ok(Some(exit))
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
-            Err(error) => Err(KvmError::ioctl("KVM_RUN")(error)),
+            Err(error) => {
+                exited(None);
+                match error.errno() {
+                    libc::EINTR | libc::EAGAIN => Ok(None),
+                    _ => Err(KvmError::ioctl("KVM_RUN")(error)),
+                }
+            }
         }
     }
 

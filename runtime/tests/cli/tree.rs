@@ -98,12 +98,13 @@ pub fn stats_and_trace_show_what_the_probes_saw() -> Result<(), Failed> {
         scrape.out.contains("ukp_forks_total{instance=") && scrape.out.contains("# EOF"),
         &scrape,
     )?;
+    let rows = probes["rows"].as_array().ok_or("no rows")?;
+    holds(rows.iter().any(|row| row["role"] == "parent" && row["metric"] == "exits"), &stats)?;
     if let Some(why) = probes["off"].as_str() {
         eprintln!("without probes: {why}");
         return holds(traced.code != 0 && traced.err.contains("probes are off"), &traced);
     }
-    let rows = probes["rows"].as_array().ok_or("no rows")?;
-    holds(rows.iter().any(|row| row["role"] == "parent" && row["metric"] == "exits"), &stats)?;
+    holds(rows.iter().any(|row| row["metric"] == "guest_minor"), &stats)?;
     holds(scrape.out.contains("ukp_probe_seconds_bucket{le="), &scrape)?;
     let traced: Value = serde_json::from_str(&traced.out)?;
     let events = traced["trace"]["events"].as_array().ok_or("no events")?;
