@@ -9,6 +9,8 @@ use ebpf_common::{EventKind, Kind, Metric};
 use crate::begun;
 use crate::record::{current, current_now, event, send, this, took, traced};
 
+/// Bit of a fault's code: by a user.
+const USER: u64 = 4;
 /// Our own number of having no reason.
 const INTERRUPTED: u32 = 0xff;
 /// Who walked the page tables of a fault.
@@ -32,9 +34,15 @@ pub fn kvm_userspace_exit(ctx: RawTracePointContext) -> i32 {
 }
 
 /// Where the guest's page tables are walked in software: it begins.
+///
+/// KVM walks them for itself, too, when it emulates an instruction: the fetch looks like a fault, and maps
+/// nothing. What it reads as the processor would, of a TSS at each access to a port, has no bit of a user;
+/// a fault of a guest that runs where user programs do has it always.
 #[raw_tracepoint(tracepoint = "kvm_mmu_pagetable_walk")]
 pub fn kvm_walk(ctx: RawTracePointContext) -> i32 {
-    if let Some(thread) = this() {
+    if ctx.arg::<u64>(1) & USER != 0
+        && let Some(thread) = this()
+    {
         begun::begin(thread, Kind::Kvm, ctx.arg(0), 0);
     }
     0
