@@ -45,14 +45,14 @@ fn files() -> Result<()> {
     Ok(())
 }
 
-/// Three shells wait; then the workload of the child ends.
+/// Three shells wait, each by another value; then the workload of the child ends.
 fn many_wait() -> Result<()> {
     let guest = one()?;
     let child = guest.fork()?;
     let script = format!(
         "cd /uk/libukp/vm/{child}
         for i in 1 2 3; do
-            (echo 1 > wait; echo \"@waiter-$i $(cat wait)\") &
+            (printf 'any value %d' $i > wait; echo \"@waiter-$i $(cat wait)\") &
         done
         wait; echo \"@left $(ls .. | grep -c {child})\""
     );

@@ -87,6 +87,9 @@ mod tests {
     fn everything_may_be_left_out() {
         assert_eq!(Config::parse("{}").unwrap(), Config::default());
         assert_eq!(Config::read(Path::new("/no/such/file")).unwrap(), Config::default());
+        // As the specification has them.
+        let Config { fork_queue, retention_s, freeze, .. } = Config::default();
+        assert_eq!((fork_queue, retention_s, freeze), (16, 60, false));
     }
 
     #[test]
