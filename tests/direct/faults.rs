@@ -33,7 +33,14 @@ pub fn cases() -> Vec<Case> {
         }));
     }
     // Steps of the parent, at which a standby dies.
-    for step in [Step::Take, Step::Wake, Step::Quiesce, Step::Settle, Step::CapturePages] {
+    for step in [
+        Step::Take,
+        Step::Wake,
+        Step::Quiesce,
+        Step::Settle,
+        Step::CapturePages,
+        Step::CaptureState,
+    ] {
         let name = format!("faults::a_standby_is_killed_at_{}", step.name());
         cases.push(Case::new(name, move || standby_killed_at(step)));
     }
@@ -178,6 +185,7 @@ fn works(rig: &Rig, children: u32) -> Result<()> {
 /// every one behind it.
 fn zygote_killed() -> Result<()> {
     let rig = Rig::new(InstanceConfig { memory_mib: 16, ..<_>::default() })?;
+    let mut after_one = None;
     for death in 0..3 {
         let dead = rig.zygote()?;
         rig.owner.ask(rig.root, Request::KillZygote)?;
@@ -189,6 +197,10 @@ fn zygote_killed() -> Result<()> {
         let zygote = rig.zygote()?;
         let ours = rig.processes().iter().any(|it| it.pid == zygote && !it.zombie);
         ensure!(zygote != dead && ours, "{zygote} after {dead}: {:?}", rig.processes());
+        match after_one {
+            None => after_one = Some(rig.census()?),
+            Some(before) => rig.settles_at(before, "behind another death")?,
+        }
     }
     Ok(())
 }

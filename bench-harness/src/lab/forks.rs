@@ -9,7 +9,7 @@ use super::error::Trouble;
 use super::program::{Rate, rate_only};
 use super::{children, process};
 use crate::baseline::cold::Maker;
-use crate::record::Summary;
+use crate::record::{Recorder, Summary};
 use crate::schedule::Schedule;
 use crate::session::{LabError, Silent};
 
@@ -90,12 +90,30 @@ pub(super) fn forks(bench: &mut Bench<'_>, compare: bool) -> Result<(), LabError
         bench.progress.advance(1);
     }
     if let Some(reference) = reference {
-        for us in reference.finish()?.recorder.samples("branch_us") {
-            bench.run.recorder.record_apart("reference_branch_us", us);
-        }
+        beside_it(bench, &reference.finish()?.recorder);
     }
     tax(bench, &taxes);
     if compare { weigh(bench) } else { Ok(()) }
+}
+
+/// What became of the machine beside.
+fn beside_it(bench: &mut Bench<'_>, reference: &Recorder) {
+    for us in reference.samples("branch_us") {
+        bench.run.recorder.record_apart("reference_branch_us", us);
+    }
+    for (why, times) in reference.failures() {
+        bench.run.notes.push(format!("of the machine beside {times} forks failed: {why}"));
+    }
+    // What all forks leave to the host makes a young machine slow as well.
+    let us = bench.run.recorder.samples("branch_us");
+    let n = bench.scenario.reference_forks as usize;
+    let p50 = |part: Option<&[f64]>| Some(Summary::of(part?)?.p50.0);
+    if n > 0
+        && let Some(first) = p50(us.get(..n))
+        && let Some(last) = p50(us.get(us.len().saturating_sub(n)..))
+    {
+        bench.run.values.insert("last_by_first_ratio".to_owned(), last / first);
+    }
 }
 
 /// Some more forks, which are not recorded, whose children stay alive: what one of them takes.

@@ -80,10 +80,9 @@ pub(super) fn drift(recorder: &Recorder, scenario: &Scenario) -> Option<f64> {
     Some(ratio(p50(&|size| size >= high)?, p50(&|size| size <= low)?))
 }
 
-/// Infinite by infinite is infinite: where most forks fail there is no flatness.
-fn ratio(last: f64, first: f64) -> f64 {
-    let ratio = last / first;
-    if ratio.is_nan() { f64::INFINITY } else { ratio }
+/// By infinite it is infinite: where most forks fail there is no flatness.
+pub(super) fn ratio(last: f64, first: f64) -> f64 {
+    if first.is_finite() { last / first } else { f64::INFINITY }
 }
 
 #[cfg(test)]
@@ -152,6 +151,8 @@ mod tests {
         let scenario = Scenario { reference_mib: 512, reference_forks: 10, ..plain() };
         assert!((drift(&recorder, &scenario).unwrap() - 1.1).abs() < 1e-9);
         assert_eq!(drift(&Recorder::new(), &scenario), None);
+        (0..20).for_each(|_| recorder.record_apart(REFERENCE, f64::INFINITY));
+        assert_eq!(drift(&recorder, &scenario), Some(f64::INFINITY), "the young one failed");
     }
 
     #[test]

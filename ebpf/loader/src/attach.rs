@@ -58,7 +58,7 @@ pub(crate) const FAULTS_END: &str = "time of page faults";
 
 use How::{Counter, FExit as AtExit, RawTracepoint as Raw, Stage};
 
-/// Everything. What begins comes before what ends it.
+/// Everything. What ends comes before what it ends: a beginning whose end is not seen would end with another.
 pub(crate) const PARTS: [Part; 7] = [
     Part {
         what: "processes",
@@ -98,16 +98,16 @@ pub(crate) const PARTS: [Part; 7] = [
         what: "faults of the guest",
         ways: &[
             &[
-                ("kvm_walk", Raw("kvm_mmu_pagetable_walk")),
+                ("kvm_entry", Raw("kvm_entry")),
+                ("kvm_userspace_exit", Raw("kvm_userspace_exit")),
                 ("kvm_set_spte", Raw("kvm_mmu_set_spte")),
                 ("kvm_page_fault", Raw("kvm_page_fault")),
-                ("kvm_entry", Raw("kvm_entry")),
-                ("kvm_userspace_exit", Raw("kvm_userspace_exit")),
+                ("kvm_walk", Raw("kvm_mmu_pagetable_walk")),
             ],
             &[
-                ("kvm_page_fault", Raw("kvm_page_fault")),
                 ("kvm_entry", Raw("kvm_entry")),
                 ("kvm_userspace_exit", Raw("kvm_userspace_exit")),
+                ("kvm_page_fault", Raw("kvm_page_fault")),
             ],
         ],
         kind: Some(Kind::Kvm),

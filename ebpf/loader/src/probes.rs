@@ -296,7 +296,8 @@ impl Probes {
                 .insert(pid, beacon, 0)
                 .map_err(ProbeError::map("PROCESSES"))?;
         }
-        self.track_threads(pid)
+        // Without a thread it would never be seen to end.
+        self.track_threads(pid).inspect_err(|_| self.forget(pid))
     }
 
     /// Measures the threads that a process has; of those to come a program hears.

@@ -8,7 +8,7 @@
 //!   sched_waking              ──>   sched_switch                        off_cpu
 //!   sys_enter (ioctl)         ──>   sys_exit                            ioctl
 //!                                   kvm_userspace_exit                  none of these
-//!   ukp:stage                 ──>   the next ukp:stage                  stage_…
+//!   ukp:stage                                                           (sent, not counted)
 //! ```
 //!
 //! What begins is kept by thread ([`maps::THREADS`]), and so are the first values of a process that

@@ -6,7 +6,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use ebpf_common::{Role, Thread, lost};
 
 use crate::maps::{BLANK, PROCESSES, THREADS, lose, task_pid, task_tgid};
-use crate::record::{known, this};
+use crate::record::{ids, known, this};
 
 /// Process and thread of a `task_struct`.
 #[inline(always)]
@@ -40,11 +40,9 @@ fn forked(parent: u64, child: u64) -> i32 {
     // SAFETY: an element of a map that is not freed while this program runs.
     let beacon = unsafe { *beacon };
     let (mut role, mut born_ns) = (Role::Unknown as u64, 0);
-    if parent != pid {
-        if PROCESSES.insert(&pid, &beacon, 0).is_err() {
-            lose(lost::PROCESSES);
-        }
-    } else if let Some(by) = known(parent, by) {
+    if parent == pid
+        && let Some(by) = known(parent, by)
+    {
         (role, born_ns) = (by.role, by.born_ns);
     }
     let Some(blank): Option<*mut Thread> = BLANK.get_ptr_mut(0) else { return 0 };
@@ -52,9 +50,12 @@ fn forked(parent: u64, child: u64) -> i32 {
     let blank = unsafe { &mut *blank };
     (blank.pid, blank.tid) = (pid, tid);
     (blank.beacon, blank.role, blank.born_ns) = (beacon, role, born_ns);
-    // It takes the place of one that has ended and had the same number.
+    // It takes the place of one that has ended and had the same number. A process without a thread would
+    // never be seen to end.
     if THREADS.insert(&tid, &*blank, 0).is_err() {
         lose(lost::THREADS);
+    } else if parent != pid && PROCESSES.insert(&pid, &beacon, 0).is_err() {
+        lose(lost::PROCESSES);
     }
     0
 }
@@ -86,15 +87,16 @@ pub fn process_exit(_ctx: RawTracePointContext) -> i32 {
 /// thread stays until the loader has read it.
 #[inline(always)]
 fn exited() -> i32 {
-    let Some(thread) = this() else { return 0 };
-    let (pid, tid) = (thread.pid, thread.tid);
-    thread.tid = 0;
-    if thread.used == 0 {
-        // An error: the loader was faster.
-        THREADS.remove(&tid).unwrap_or(());
+    let (pid, tid) = ids();
+    if let Some(thread) = known(pid, tid) {
+        thread.tid = 0;
+        if thread.used == 0 {
+            // An error: the loader was faster.
+            THREADS.remove(&tid).unwrap_or(());
+        }
     }
     if pid == tid {
-        // The same.
+        // An error: it is none of ours.
         PROCESSES.remove(&pid).unwrap_or(());
     }
     0

@@ -29,7 +29,7 @@ use crate::beacon;
 use crate::device::generation;
 use crate::device::virtio::Bus;
 use crate::instance::{Birth, Cradle, Instance, last_words};
-use crate::kvm::{Host, Machine, MachineConfig, Vcpu};
+use crate::kvm::{Host, Machine, MachineConfig, Vcpu, calls};
 use crate::memory::{Image, Mapping, PAGE, RamLayout, Reserve, Sealed};
 use crate::proto::InstanceConfig;
 use crate::sys::{self, now_ns};
@@ -41,7 +41,7 @@ pub(super) fn run(embryo: Embryo) -> (Womb, OwnedFd) {
     let Embryo { womb, slot, parent, line } = embryo;
     sys::die_with_parent(true);
     let keep = womb.descriptors(&line);
-    // SAFETY: the zygote's socket is forgotten by the caller; nothing else had descriptors.
+    // SAFETY: what the zygote had besides is dropped.
     unsafe { sys::close_all_but(&keep) };
     sys::set_process_name("ukp-standby");
     let Womb { host, config, link, image, mapping, owned } = womb;
@@ -133,6 +133,7 @@ fn prepare(
     machine.restore_clocks(&mut vcpus, &base.vm).map_err(failed)?;
     machine.restore_irqchips(&base.vm).map_err(failed)?;
     link.populate(link.header().journal_used.load(Ordering::Relaxed) as usize);
+    link.populate_fork(config.vcpus as usize);
     let applier = Applier::new(&mapping, owned);
     for page in
         link.header().active_regions().filter(|page| (*page as usize) < mapping.bytes() / PAGE)
@@ -185,6 +186,7 @@ fn prepare(
         // The rehearsal of another vCPU may have sent it an interrupt.
         rehearse::put_back(&mut leader, &shared.base.vcpus[0]).map_err(failed)?;
     }
+    calls::make_room();
     Ok((Standby::new(shared), leader))
 }
 

@@ -332,7 +332,6 @@ fn serve(mut womb: Womb, socket: OwnedFd) -> Embryo {
                             Answer::Spawned { pid: child.as_raw_nonzero().get() }
                         }
                         Ok(Forked::Child) => {
-                            std::mem::forget((socket, consolidation));
                             return Embryo { womb, slot: slot as usize, parent, line };
                         }
                         Err(error) => Answer::Failed { errno: error.errno() },

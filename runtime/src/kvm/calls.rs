@@ -9,7 +9,8 @@
 //! Two readings of the clock and an exchange are 0.06 µs, an exit takes less. The kernel's side of it would
 //! be two tracepoints of every system call, or two kprobes: a fork became 27 % slower by them, and an exit
 //! 1.8 µs by a probe of it, so they are for looking at single forks (`runtime trace`). What a child counts
-//! falls into a page that its standby has written to already: no page fault.
+//! falls into a page that its standby has written to already, and has emptied last of all
+//! ([`make_room`]): no page fault.
 //!
 //! `KVM_RUN` is no call here: its time is the guest's.
 
@@ -21,7 +22,7 @@ use ebpf_loader::{Counted, Histogram};
 use crate::beacon;
 use crate::sys::now_ns;
 
-/// What is kept as it is: more than a standby does until it is an instance.
+/// What is kept as it is: more than a child does until its first exit.
 const KEPT: usize = 128;
 /// Every [`Role`].
 const ROLES: usize = Role::Young as usize + 1;
@@ -94,10 +95,15 @@ fn file(word: u64) {
     }
 }
 
+/// Puts what is kept where it belongs.
+pub fn make_room() {
+    LATEST.samples.iter().for_each(|sample| file(sample.swap(0, Relaxed)));
+}
+
 /// Calls and exits of this process so far, by what it was when they ended.
 #[must_use]
 pub fn counted() -> Counted {
-    LATEST.samples.iter().for_each(|sample| file(sample.swap(0, Relaxed)));
+    make_room();
     let calls = CELLS.iter().map(|cells| {
         let cell = |it: &Counter| Cell { count: it.count.load(Relaxed), sum: it.ns.load(Relaxed) };
         (Metric::Ioctl, histogram(cells.iter().map(cell)))

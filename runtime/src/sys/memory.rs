@@ -79,8 +79,9 @@ pub fn populate_stack() {
     const BYTES: usize = 32 * 1024;
     let mut room = std::mem::MaybeUninit::<[u8; BYTES]>::uninit();
     for offset in (0..BYTES).step_by(crate::memory::PAGE) {
+        let byte = room.as_mut_ptr().cast::<u8>().wrapping_add(offset);
         // SAFETY: inside the array, which nothing else uses, and which nobody reads.
-        unsafe { room.as_mut_ptr().cast::<u8>().add(offset).write_volatile(0) };
+        unsafe { byte.write_volatile(0) };
     }
 }
 

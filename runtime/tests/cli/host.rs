@@ -136,19 +136,38 @@ pub fn doctor_speaks_json() -> Result<(), Failed> {
     same(&folder.owners(), &0, &"an owner was left")
 }
 
-/// With an empty file in place of the device, by a mount namespace of our own; where that is not
-/// allowed, the host's own lack of it is what is looked at.
+/// Without the device, by a mount namespace of our own; where that is not allowed, the host's own lack of
+/// it is what is looked at. And, where it is allowed, without permission.
 pub fn without_kvm_the_exit_code_says_so() -> Result<(), Failed> {
-    let folder = Folder::new()?;
-    let mut command = folder.runtime(&["run", "--bare"]);
+    says_so("", 69, "there is no such device; load the kvm module", "load kvm_intel or kvm_amd")?;
     if can_mount() {
-        hide_device(&mut command);
+        says_so(CLOSED, 77, "no permission; add this user to the group", "to the group kvm")?;
     }
-    let child = command.stderr(std::process::Stdio::piped()).spawn()?;
-    let done = super::tools::Done::of(child)?;
-    same(&done.code, &69, &done)?;
-    same(&done.err.lines().count(), &1, &done)?;
-    holds(done.err.starts_with("error: cannot open /dev/kvm: "), &done)
+    Ok(())
+}
+
+/// Makes a device that nobody may open, and gives up the right to do so all the same.
+const CLOSED: &str = "&& touch /dev/kvm && chmod 0 /dev/kvm && \
+     set -- setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-all \"$@\"";
+
+/// `run` in one line, `doctor` among others, both with what to do.
+fn says_so(then: &str, code: i32, run: &str, doctor: &str) -> Result<(), Failed> {
+    let folder = Folder::new()?;
+    let done = |words: &[&str]| {
+        let mut command = folder.runtime(words);
+        if can_mount() {
+            hide_device(&mut command, then);
+        }
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        super::tools::Done::of(command.spawn()?)
+    };
+    let ran = done(&["run", "--bare"])?;
+    same(&(ran.code, ran.err.lines().count()), &(code, 1), &ran)?;
+    holds(ran.err.starts_with("error: cannot open /dev/kvm: ") && ran.err.contains(run), &ran)?;
+    let asked = done(&["doctor"])?;
+    same(&asked.code, &code, &asked)?;
+    let line = asked.out.lines().find(|line| line.contains("/dev/kvm")).unwrap_or_default();
+    holds(line.starts_with("FAIL") && line.contains(doctor), &asked)
 }
 
 /// Whether a file system may be mounted in a namespace of its own.
@@ -165,8 +184,8 @@ pub fn kvm_stays() -> Option<&'static str> {
     stays.then_some("/dev/kvm is there, and it takes the right to mount to hide it")
 }
 
-/// Runs the command where `/dev` is an empty file system.
-fn hide_device(command: &mut std::process::Command) {
+/// Runs the command where `/dev` is an empty file system, after `then`, words of a shell.
+fn hide_device(command: &mut std::process::Command, then: &str) {
     let words: Vec<_> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(ToOwned::to_owned)
@@ -177,7 +196,9 @@ fn hide_device(command: &mut std::process::Command) {
         .collect();
     let mut wrapped = std::process::Command::new("unshare");
     wrapped
-        .args(["--mount", "--", "sh", "-c", "mount -t tmpfs tmpfs /dev && exec \"$@\"", "sh"])
+        .args(["--mount", "--", "sh", "-c"])
+        .arg(format!("mount -t tmpfs tmpfs /dev {then} && exec \"$@\""))
+        .arg("sh")
         .args(words)
         .envs(environment);
     *command = wrapped;

@@ -32,6 +32,16 @@ pub fn without_capabilities_machines_fork() -> Result<(), Failed> {
     forks_without_probes(&WITHOUT_CAPABILITIES, "CAP_BPF and CAP_PERFMON are missing")
 }
 
+pub fn in_a_user_namespace_machines_fork() -> Result<(), Failed> {
+    let by = ["unshare", "--user", "--map-root-user"];
+    forks_without_probes(&by, "this is a user namespace")
+}
+
+pub fn in_a_pid_namespace_machines_fork() -> Result<(), Failed> {
+    let by = ["unshare", "--pid", "--fork", "--kill-child"];
+    forks_without_probes(&by, "a PID namespace of its own")
+}
+
 /// One line says what is missing; `stats` repeats it.
 fn forks_without_probes(by: &[&str], missing: &str) -> Result<(), Failed> {
     let (owner, notes) = Owner::start_by(by)?;

@@ -64,6 +64,8 @@ const DIRECT: &[(&str, Test)] = &[
 const LACKING: &[(&str, Test)] = &[
     ("without_btf_machines_fork", lacking::without_btf_machines_fork),
     ("without_capabilities_machines_fork", lacking::without_capabilities_machines_fork),
+    ("in_a_user_namespace_machines_fork", lacking::in_a_user_namespace_machines_fork),
+    ("in_a_pid_namespace_machines_fork", lacking::in_a_pid_namespace_machines_fork),
     ("the_advised_capabilities_are_enough", lacking::the_advised_capabilities_are_enough),
 ];
 
