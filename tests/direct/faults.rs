@@ -221,6 +221,8 @@ fn behind_its_death(rig: &Rig, round: u32) -> Result<()> {
     }
     let forked = Forked::read(&rig.run(rig.root, &[fork(1, 10)])?, 10)?;
     ensure!(forked.status == 0, "fork {round} from the guest: {forked:?}");
+    // Nobody could kill it before.
+    rig.owner.wait_for(forked.child, tests::rig::PATIENCE)?;
     rig.kill_children()?;
     rig.compare(rig.root, &rig.memory(), "the parent behind its zygote's death")
 }

@@ -287,17 +287,20 @@ fn raised_womb(socket: &OwnedFd) -> Result<Womb, ForkCause> {
 /// has touched yet, for which the kernel takes 2 us per ancestor, and one day to its end.
 pub fn live(mut womb: Womb, mut line: OwnedFd) -> ! {
     loop {
-        (womb, line) = standby::run(serve(womb, line));
+        let embryo = serve(womb, &line);
+        // A standby has nothing to say there.
+        drop(line);
+        (womb, line) = standby::run(embryo);
     }
 }
 
 /// Does what the instance says, until it is gone. Returns in processes that are to become standbys.
-fn serve(mut womb: Womb, socket: OwnedFd) -> Embryo {
+fn serve(mut womb: Womb, socket: &OwnedFd) -> Embryo {
     let mut buffer = [0_u8; 256];
     let mut consolidation = Consolidation::default();
     loop {
         let (len, mut fds) =
-            match sys::receive(&socket, &mut buffer, rustix::net::RecvFlags::empty()) {
+            match sys::receive(socket, &mut buffer, rustix::net::RecvFlags::empty()) {
                 Ok((len, fds)) if len > 0 => (len, fds),
                 // The instance is gone, and with it the need for standbys.
                 _ => std::process::exit(0),
