@@ -96,6 +96,18 @@ fn each() -> Result<()> {
     Ok(())
 }
 
+/// What `part` of this program says, and its errors, where `command` runs it.
+fn said_by(command: &[&str], part: &str) -> Result<(String, String)> {
+    let output = Command::new(command[0])
+        .args(&command[1..])
+        .arg(std::env::current_exe()?)
+        .env(LOAD_AND_WAIT, part)
+        .output()
+        .with_context(|| format!("running {}", command[0]))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((text(&output.stdout), text(&output.stderr)))
+}
+
 /// In a namespace, without capabilities: a line that says what to do, and the program goes on.
 fn lacking() -> Result<()> {
     for (command, expected) in [
@@ -103,13 +115,7 @@ fn lacking() -> Result<()> {
         (&["unshare", "--pid", "--fork", "--kill-child"], "a PID namespace of its own"),
         (&["setpriv", "--bounding-set=-bpf,-perfmon,-sys_admin"], "setcap cap_bpf,cap_perfmon"),
     ] {
-        let output = Command::new(command[0])
-            .args(&command[1..])
-            .arg(std::env::current_exe()?)
-            .env(LOAD_AND_WAIT, "say")
-            .output()
-            .with_context(|| format!("running {}", command[0]))?;
-        let text = String::from_utf8_lossy(&output.stdout);
+        let (text, _) = said_by(command, "say")?;
         ensure!(text.contains(expected) && text.lines().count() == 1, "{command:?}: {text:?}");
     }
     Ok(())
@@ -203,14 +209,7 @@ fn elsewhere() -> Result<()> {
         &["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"],
         &["setpriv", "--bounding-set=-bpf,-perfmon,-sys_admin"],
     ] {
-        let output = Command::new(command[0])
-            .args(&command[1..])
-            .arg(std::env::current_exe()?)
-            .env(LOAD_AND_WAIT, "fork")
-            .output()
-            .with_context(|| format!("running {}", command[0]))?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let error = String::from_utf8_lossy(&output.stderr);
+        let (text, error) = said_by(command, "fork")?;
         ensure!(text.trim() == "forked", "{command:?}: {text:?}, {error:?}");
     }
     Ok(())
